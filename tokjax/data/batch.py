@@ -1,0 +1,28 @@
+"""The training batch: what every objective receives."""
+
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+
+@struct.dataclass
+class Batch:
+    """Packed token rows with real-valued per-token weights.
+
+    Attributes:
+        tokens: input ids.
+        targets: the id each position predicts, its successor within the same example.
+        positions: index of the token within its piece of an example, from 0.
+        segment_ids: 1, 2, ... for the pieces packed into a row; 0 is filling. Positions of
+            different segments never attend to each other.
+        weights: weight of each target in the loss; 0 on filling and wherever a target does not
+            count. Never inferred from token ids.
+        example_id: for segment s of a row, column s - 1 holds the number of its example (an
+            index into the loader's list of examples), -1 where there is no such segment.
+    """
+
+    tokens: Int[Array, "B T"]
+    targets: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    weights: Float[Array, "B T"]
+    example_id: Int[Array, "B S"]

@@ -1,0 +1,107 @@
+"""The cache directory, and files in it that are made once however many processes ask."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tokjax.errors import StorageError
+
+
+def cache_directory() -> Path:
+    """Returns `$TOKJAX_CACHE`, or `~/.cache/tokjax`; the directory need not exist yet."""
+    named = os.environ.get("TOKJAX_CACHE", "").strip()
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "tokjax"
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """Returns the StorageError that tells a person which path failed and what to do."""
+    reason = error.strerror or str(error)
+    return StorageError(
+        f"cannot write {path}: {reason}. Free space there, or name another directory with the "
+        "environment variable TOKJAX_CACHE."
+    )
+
+
+def write_file_atomically(path: Path, data: bytes) -> None:
+    """Replaces `path` by `data`, making its directory: a reader sees the old or the new file, whole.
+
+    Raises:
+      StorageError: the disk is full or the place is unwritable; the old file is untouched.
+    """
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock out the others of a shared cache
+        os.replace(temporary, path)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)  # gone already when the rename succeeded
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Holds the lock of `path` (a file beside it) while the block runs; other processes wait.
+
+    The lock only saves work: writers replace files atomically, so where the file system has no
+    locks (some network mounts, Windows) the block runs without one and is still correct. The
+    kernel drops the lock of a process that dies.
+
+    Raises:
+      StorageError: the lock file cannot be created.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "ab")
+    except OSError as error:
+        raise storage_error(lock, error) from error
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield
+
+
+def cached_bytes(path: Path, make: Callable[[], bytes], valid: Callable[[bytes], bool]) -> bytes:
+    """Returns the content of `path`, made by `make` and kept there on first use.
+
+    Args:
+      path: the file in the cache.
+      make: produces the content; called at most once on a machine, by the process that is first.
+      valid: whether a content found there can be used; a damaged file is made anew.
+
+    Raises:
+      StorageError: the content could not be written.
+    """
+    found = _read(path)
+    if found is not None and valid(found):
+        return found
+    with exclusive(path):
+        found = _read(path)  # another process may have made it while this one waited
+        if found is not None and valid(found):
+            return found
+        made = make()
+        write_file_atomically(path, made)
+        return made
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}.") from error

@@ -1,0 +1,60 @@
+"""Character ranges of tokens, from the bytes each token stands for."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Offsets = list[tuple[int, int]]
+
+
+def offsets_from_bytes(text: str, pieces: Sequence[bytes]) -> Offsets:
+    """Returns for each piece the range [start, end) of the characters of `text` it touches.
+
+    A character whose UTF-8 bytes lie in several pieces belongs to the range of each of them; a
+    piece without bytes has an empty range where it stands. Ranges are monotone and cover `text`.
+
+    Args:
+      text: the text whose UTF-8 bytes the pieces are, one after another.
+      pieces: the bytes of each token.
+
+    >>> offsets_from_bytes("aé", [b"a", bytes([0xC3]), bytes([0xA9])])
+    [(0, 1), (1, 2), (1, 2)]
+    """
+    data = text.encode("utf-8")
+    ends = np.cumsum(np.fromiter(map(len, pieces), np.int64, count=len(pieces)))
+    starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+    if len(data) != len(text):
+        leads = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80  # every byte that begins a character
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(leads)])
+        empty = ends == starts
+        # `before[k]` counts the characters that begin before byte k, so the character holding
+        # byte k is number before[k + 1] - 1, and a range that ends at byte k ends at before[k].
+        within = np.minimum(starts + 1, len(data))
+        starts = np.where(empty, before[starts], before[within] - 1)
+        ends = np.where(empty, starts, before[ends])
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+def monotone(ranges: Sequence[tuple[int, int]]) -> Offsets:
+    """Returns the ranges with no start or end smaller than the one before it."""
+    start = end = 0
+    result = []
+    for a, b in ranges:
+        start, end = max(start, a), max(end, a, b)
+        result.append((start, end))
+    return result
+
+
+def merge_spans(spans: Sequence[tuple[int, int]]) -> Offsets:
+    """Returns the non-empty spans in order, those that touch or overlap joined into one.
+
+    >>> merge_spans([(4, 6), (0, 2), (2, 3), (8, 8)])
+    [(0, 3), (4, 6)]
+    """
+    merged: Offsets = []
+    for start, end in sorted(span for span in spans if span[0] < span[1]):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged

@@ -1,0 +1,55 @@
+"""The contract between an objective and the training step.
+
+An objective is a frozen dataclass (its fields are its configuration), registered under the kind
+"objective". It returns sums, never means: the training step adds the sums of all micro-batches
+and devices and divides once, so that k micro-batches give exactly what one large batch gives.
+"""
+
+from typing import Any, Protocol
+
+import jax
+from flax import struct
+from jaxtyping import Array, Float
+
+from tokjax.data.batch import Batch
+from tokjax.models.parameters import Params
+from tokjax.models.transformer import Transformer
+
+Aux = Any  # extra trainable or running state of an objective; () when it has none
+Ratio = tuple[Float[Array, ""], Float[Array, ""]]
+
+
+@struct.dataclass
+class Loss:
+    """What an objective returns for one micro-batch.
+
+    Attributes:
+        total: sum of weighted losses, the quantity that is differentiated.
+        weight: what the accumulated total is divided by.
+        metrics: name -> (sum, weight); reported as the ratio of the accumulated sums.
+        aux: the objective's state after this micro-batch.
+    """
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+    metrics: dict[str, Ratio] = struct.field(default_factory=dict)
+    aux: Aux = ()
+
+
+class Objective(Protocol):
+    """Something a model can be trained on."""
+
+    @property
+    def tokens_per_position(self) -> int:
+        """Data tokens that one position of the model consumes (1 except for patches)."""
+        ...
+
+    def init(self, key: jax.Array, model: Transformer, params: Params) -> Aux:
+        """Returns the objective's initial state."""
+        ...
+
+    def loss(
+        self, model: Transformer, params: Params, aux: Aux, batch: Batch, key: jax.Array
+    ) -> Loss:
+        """Returns the loss of a micro-batch as sums."""
+        ...

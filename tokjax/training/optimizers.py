@@ -1,0 +1,233 @@
+"""Optimisers and learning-rate schedules by configuration; optax does the work.
+
+Optimisers are built for a learning rate of 1; the training step multiplies by the schedule's
+value, so that a schedule is a function of the step within its stage and needs no state.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+from optax import contrib
+
+from tokjax.config import register
+from tokjax.errors import ConfigError
+from tokjax.models import parameters
+from tokjax.models.config import ModelConfig
+
+
+def decay_mask(config: ModelConfig, embeddings: bool) -> Any:
+    """Returns which parameters weight decay applies to: matrices, embeddings if asked for."""
+    return parameters.map_table(
+        config, lambda path, p, stacked: len(p.shape) > 1 and (stacked or embeddings)
+    )
+
+
+class Optimizer(Protocol):
+    """A configuration that builds an optax transformation."""
+
+    peak_lr: float
+
+    def build(self, config: ModelConfig) -> optax.GradientTransformation:
+        """Returns the transformation at learning rate 1."""
+        ...
+
+
+def _check(config: Any, **limits: tuple[float, float]) -> None:
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if not low <= value < high:
+            raise ConfigError(f"{name}={value} must be at least {low} and below {high}")
+
+
+_INFINITE = float("inf")
+
+
+@register("optimizer", "adamw")
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
+
+    peak_lr: float = 1e-3  # learning rate at the top of the schedule
+    b1: float = 0.9  # decay of the first moment
+    b2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # times the learning rate, each step
+    decay_embeddings: bool = True  # weight decay on embeddings and output head too
+
+    def __post_init__(self):
+        _check(self, peak_lr=(0, _INFINITE), b1=(0, 1), b2=(0, 1), weight_decay=(0, _INFINITE))
+
+    def build(self, config: ModelConfig) -> optax.GradientTransformation:
+        """Returns the transformation at learning rate 1."""
+        mask = decay_mask(config, self.decay_embeddings)
+        return optax.adamw(
+            1.0, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=mask
+        )
+
+
+@register("optimizer", "lion")
+@dataclass(frozen=True)
+class Lion:
+    """Lion (Chen et al. 2023, arXiv 2302.06675)."""
+
+    peak_lr: float = 1e-4  # learning rate at the top of the schedule
+    b1: float = 0.9  # interpolation of the update
+    b2: float = 0.99  # decay of the moment
+    weight_decay: float = 1.0  # times the learning rate, each step
+    decay_embeddings: bool = True  # weight decay on embeddings and output head too
+
+    def __post_init__(self):
+        _check(self, peak_lr=(0, _INFINITE), b1=(0, 1), b2=(0, 1), weight_decay=(0, _INFINITE))
+
+    def build(self, config: ModelConfig) -> optax.GradientTransformation:
+        """Returns the transformation at learning rate 1."""
+        mask = decay_mask(config, self.decay_embeddings)
+        return optax.lion(1.0, self.b1, self.b2, weight_decay=self.weight_decay, mask=mask)
+
+
+@register("optimizer", "adafactor")
+@dataclass(frozen=True)
+class Adafactor:
+    """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235): factored second moments."""
+
+    peak_lr: float = 1e-2  # learning rate at the top of the schedule, relative to each scale
+    decay_rate: float = 0.8  # exponent of the second moment's decay
+    clipping_threshold: float = 1.0  # largest root mean square of an update
+    weight_decay: float = 0.0  # times the learning rate, each step
+    decay_embeddings: bool = True  # weight decay on embeddings and output head too
+
+    def __post_init__(self):
+        _check(self, peak_lr=(0, _INFINITE), decay_rate=(0, 1), weight_decay=(0, _INFINITE))
+
+    def build(self, config: ModelConfig) -> optax.GradientTransformation:
+        """Returns the transformation at learning rate 1."""
+        return optax.adafactor(
+            1.0,
+            decay_rate=self.decay_rate,
+            clipping_threshold=self.clipping_threshold,
+            weight_decay_rate=self.weight_decay or None,
+            weight_decay_mask=decay_mask(config, self.decay_embeddings),
+        )
+
+
+@register("optimizer", "muon")
+@dataclass(frozen=True)
+class Muon:
+    """Muon (Jordan et al. 2024) on the blocks' matrices, AdamW on everything else."""
+
+    peak_lr: float = 1e-2  # learning rate of the matrices at the top of the schedule
+    beta: float = 0.95  # decay of the momentum
+    ns_steps: int = 5  # Newton-Schulz iterations
+    weight_decay: float = 0.1  # of the matrices, times the learning rate, each step
+    adam_lr_ratio: float = 0.1  # AdamW's learning rate over Muon's
+    adam_b1: float = 0.9  # decay of AdamW's first moment
+    adam_b2: float = 0.95  # decay of AdamW's second moment
+    adam_weight_decay: float = 0.0  # of everything else, times the learning rate, each step
+
+    def __post_init__(self):
+        _check(
+            self,
+            peak_lr=(0, _INFINITE),
+            beta=(0, 1),
+            ns_steps=(1, 100),
+            adam_b1=(0, 1),
+            adam_b2=(0, 1),
+        )
+
+    def build(self, config: ModelConfig) -> optax.GradientTransformation:
+        """Returns the transformation at learning rate 1."""
+        # Blocks are stacked along axis 0: each layer's matrix is orthogonalised by itself.
+        matrix = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+        numbers = parameters.map_table(
+            config, lambda path, p, stacked: matrix if stacked and len(p.shape) == 2 else None
+        )
+        return contrib.muon(
+            1.0,
+            beta=self.beta,
+            ns_steps=self.ns_steps,
+            weight_decay=self.weight_decay,
+            adam_b1=self.adam_b1,
+            adam_b2=self.adam_b2,
+            adam_weight_decay=self.adam_weight_decay,
+            adam_learning_rate=self.adam_lr_ratio,
+            muon_weight_dimension_numbers=numbers,
+        )
+
+
+class Schedule(Protocol):
+    """A configuration that gives the learning rate's factor at a step of a stage."""
+
+    def factor(self, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
+        """Returns the factor, 1 at the peak, at `step` of a stage of `steps` steps."""
+        ...
+
+
+def _warmup(step: jax.Array, steps: int) -> jax.Array:
+    # Step 0 already learns: a rate of exactly zero would waste its batch.
+    return jnp.minimum(1.0, (step + 1.0) / max(steps, 1))
+
+
+def _check_warmup(config: Any) -> None:
+    if config.warmup_steps < 0:
+        raise ConfigError(f"warmup_steps={config.warmup_steps} must not be negative")
+
+
+@register("schedule", "constant")
+@dataclass(frozen=True)
+class Constant:
+    """Warm-up, then the peak."""
+
+    warmup_steps: int = 0  # steps of linear rise
+
+    def __post_init__(self):
+        _check_warmup(self)
+
+    def factor(self, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
+        """Returns the factor at a step."""
+        return _warmup(step, self.warmup_steps)
+
+
+@register("schedule", "cosine")
+@dataclass(frozen=True)
+class Cosine:
+    """Warm-up, then half a cosine down to a share of the peak at the end of the stage."""
+
+    warmup_steps: int = 100  # steps of linear rise
+    final_factor: float = 0.1  # learning rate at the end over the peak
+
+    def __post_init__(self):
+        _check_warmup(self)
+        _check(self, final_factor=(0, 1.0000001))
+
+    def factor(self, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
+        """Returns the factor at a step."""
+        progress = (step - self.warmup_steps) / max(steps - self.warmup_steps, 1)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+        decayed = self.final_factor + (1 - self.final_factor) * cosine
+        return _warmup(step, self.warmup_steps) * decayed
+
+
+@register("schedule", "wsd")
+@dataclass(frozen=True)
+class WarmupStableDecay:
+    """Warm-up, the peak, and a linear decay over the last share of the stage."""
+
+    warmup_steps: int = 100  # steps of linear rise
+    decay_share: float = 0.2  # share of the stage's steps spent decaying
+    final_factor: float = 0.0  # learning rate at the end over the peak
+
+    def __post_init__(self):
+        _check_warmup(self)
+        _check(self, decay_share=(0, 1.0000001), final_factor=(0, 1.0000001))
+
+    def factor(self, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
+        """Returns the factor at a step."""
+        decay_steps = max(round(self.decay_share * steps), 1)
+        left = jnp.clip((steps - step) / decay_steps, 0.0, 1.0)
+        return _warmup(step, self.warmup_steps) * (
+            self.final_factor + (1 - self.final_factor) * left
+        )

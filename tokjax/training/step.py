@@ -1,0 +1,127 @@
+"""The training step: accumulate sums, divide once, clip, update; and what it reports."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from tokjax.data.batch import Batch
+from tokjax.models.transformer import Transformer
+from tokjax.training.objective import Loss, Objective
+from tokjax.training.optimizers import Schedule
+from tokjax.training.state import TrainState
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What the step needs to know beside model, objective and optimiser."""
+
+    peak_lr: float  # learning rate at the top of the schedule
+    schedule: Schedule
+    first_step: int  # step at which the stage begins; the schedule counts from here
+    stage_steps: int  # length of the stage, for the schedule
+    micro_batches: int = 1  # parts the batch is computed in, one after another
+    clip_norm: float | None = None  # largest global norm of the gradient
+    ema_decay: float | None = None  # decay of the moving average of the parameters
+
+
+def make_train_step(
+    model: Transformer,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    config: StepConfig,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the pure function (state, batch) -> (state, metrics).
+
+    An update whose loss or gradient is not finite is left out: parameters and optimiser stay as
+    they were, the step still counts and `finite` is 0.
+    """
+
+    def micro_step(params, aux, batch: Batch, key) -> tuple[Loss, dict]:
+        def total(params):
+            loss = objective.loss(model, params, aux, batch, key)
+            return loss.total.astype(jnp.float32), loss
+
+        (_, loss), gradient = jax.value_and_grad(total, has_aux=True)(params)
+        return loss, gradient
+
+    def accumulate(params, aux, batch: Batch, key):
+        k = config.micro_batches
+        if k == 1:
+            return micro_step(params, aux, batch, key)
+        # Row i goes to micro-batch i mod k, so each keeps its share of every device's rows.
+        split = jax.tree.map(lambda a: a.reshape(-1, k, *a.shape[1:]).swapaxes(0, 1), batch)
+        keys = jax.random.split(key, k)
+        shapes = jax.eval_shape(
+            micro_step, params, aux, jax.tree.map(lambda a: a[0], split), keys[0]
+        )
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        start = (zeros[0].replace(aux=aux), zeros[1])
+
+        def add(sums, part):
+            loss, gradient = micro_step(params, sums[0].aux, *part)
+            added = jax.tree.map(
+                jnp.add, (sums[0].replace(aux=()), sums[1]), (loss.replace(aux=()), gradient)
+            )
+            return (added[0].replace(aux=loss.aux), added[1]), None
+
+        return jax.lax.scan(add, start, (split, keys))[0]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        loss, gradient = accumulate(state.params, state.aux, batch, key)
+        # Signed weights may sum to a negative number; only an empty batch has nothing to divide.
+        inverse = jnp.where(
+            loss.weight == 0, 0.0, 1.0 / jnp.where(loss.weight == 0, 1.0, loss.weight)
+        )
+        norm = optax.global_norm(gradient) * jnp.abs(inverse)
+        mean = loss.total * inverse
+        finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+        scale = inverse
+        if config.clip_norm is not None:
+            scale = scale * jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
+        in_stage = state.step - config.first_step
+        rate = config.peak_lr * config.schedule.factor(in_stage, config.stage_steps)
+
+        def apply(state: TrainState) -> TrainState:
+            scaled = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradient)
+            updates, opt_state = optimizer.update(scaled, state.opt_state, state.params)
+            updates = jax.tree.map(lambda u: (u * rate).astype(u.dtype), updates)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if config.ema_decay is not None:
+                ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
+            return state.replace(params=params, opt_state=opt_state, ema=ema, aux=loss.aux)
+
+        state = jax.lax.cond(finite, apply, lambda state: state, state)
+        metrics = {
+            name: total / jnp.where(w == 0, 1.0, w) for name, (total, w) in loss.metrics.items()
+        }
+        metrics |= {
+            "loss": mean,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "target_weight": loss.weight,
+            "finite": finite.astype(jnp.float32),
+        }
+        return state.replace(step=state.step + 1), metrics
+
+    return train_step
+
+
+@functools.cache
+def make_eval_step(model: Transformer, objective: Objective):
+    """Returns the compiled function (params, aux, batch) -> sums of loss, weight and metrics."""
+
+    @jax.jit
+    def eval_step(params, aux, batch: Batch):
+        loss = objective.loss(model, params, aux, batch, jax.random.key(0))
+        return {"loss": (loss.total, loss.weight), **loss.metrics}
+
+    return eval_step
