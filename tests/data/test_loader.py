@@ -222,6 +222,20 @@ def test_windows_of_one_plan_row_are_spread_over_the_stage():
     assert [len(set(ordered.batch(n).example_id[:, 0].tolist())) for n in range(64)] == [1] * 64
 
 
+def test_the_seed_decides_the_order_of_windows():
+    stages = [
+        StageSlice(4, 1),
+        StageSlice(1, 16),
+    ]  # one plan row, so only its windows have an order
+    orders = set()
+    for seed in range(5):
+        run = loader([FakeStore([257])], seed=seed, batch_size=4, stages=stages)
+        found = [run.batch(n) for n in range(4)]
+        orders.add(tuple(joined(found).tokens[:, 0].tolist()))
+        assert sorted(targets_of(joined(found))) == all_targets([257])
+    assert len(orders) > 1
+
+
 def test_a_stage_that_ends_inside_a_plan_row_leaves_the_rest_of_it():
     lengths = [33] * 10
     stages = [StageSlice(1, 1), StageSlice(1, 2)]

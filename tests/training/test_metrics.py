@@ -191,6 +191,13 @@ def test_a_metric_name_that_would_break_the_file_is_refused(tmp_path, name):
     assert read_metrics(tmp_path)["step"] == []
 
 
+def test_a_row_after_closing_is_refused_not_dropped(tmp_path):
+    writer = run(tmp_path, [1])
+    writer.close()
+    with pytest.raises(ValueError, match=r"step 2.*closed"):
+        writer.write(2, {"loss": 1.0})
+
+
 def test_a_file_of_another_make_is_kept_not_misread(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch;loss\n1;2\n")
     writer = run(tmp_path, [5], resume_step=4)

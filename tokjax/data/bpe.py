@@ -34,7 +34,9 @@ def cached_bpe(corpus: str, vocab_size: int, cache_dir: Path) -> HuggingFaceToke
     )
     spec = json.loads(content.split(b"\n", 1)[1])
     title = f"the BPE of {vocab_size} tokens trained on {corpus}"
-    return HuggingFaceTokenizer(spec, title=title, **dict.fromkeys(("bos", "eos", "pad"), END_OF_TEXT))
+    return HuggingFaceTokenizer(
+        spec, title=title, **dict.fromkeys(("bos", "eos", "pad"), END_OF_TEXT)
+    )
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> str:

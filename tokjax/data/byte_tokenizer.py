@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokjax.data.tokenizers import Tokenizer
+from tokjax.data.tokenizer_base import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 

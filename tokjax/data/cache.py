@@ -25,7 +25,9 @@ def storage_error(path: Path, error: OSError) -> StorageError:
 
 
 def write_file_atomically(path: Path, data: bytes) -> None:
-    """Replaces `path` by `data`, making its directory: a reader sees the old or the new file, whole.
+    """Replaces `path` by `data`: a reader sees the old or the new file, whole.
+
+    The directory is made if needed.
 
     Raises:
       StorageError: the disk is full or the place is unwritable; the old file is untouched.
@@ -62,17 +64,17 @@ def exclusive(path: Path) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "ab")
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise storage_error(lock, error) from error
-    with file:
-        try:
+    try:
+        with contextlib.suppress(ImportError, OSError):
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def cached_bytes(path: Path, make: Callable[[], bytes], valid: Callable[[bytes], bool]) -> bytes:

@@ -1,7 +1,7 @@
 """The data section of a training configuration."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tokjax.config import Choice, FrozenDict
@@ -34,7 +34,7 @@ class DataConfig:
     evals: Mapping[str, Annotated[Any, Choice("source")]] = FrozenDict(
         {"validation": StdlibSource(split="validation")}
     )
-    tokenizer: TokenizerConfig = TokenizerConfig()  # how text becomes ids
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # how text becomes ids
     seq_len: int = 512  # positions of a row
     batch_size: int = 8  # rows of a step, over all devices and hosts
     packing: Literal["best_fit", "concat", "none"] = "best_fit"  # how examples share rows
@@ -50,9 +50,9 @@ class DataConfig:
     def __post_init__(self):
         if not self.train:
             raise ConfigError("train has no entry; name at least one source to train on")
-        for field in ("seq_len", "batch_size", "prefetch"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        for key in ("seq_len", "batch_size", "prefetch"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} is {getattr(self, key)}; it must be at least 1")
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ConfigError(
                 f"max_tokens is {self.max_tokens}; an example needs 2 tokens to have one target"

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tokjax.data.offsets import Offsets
-from tokjax.data.tokenizers import Tokenizer, TokenizerConfig, special_id
+from tokjax.data.tokenizer_base import Tokenizer, special_id
+from tokjax.data.tokenizers import TokenizerConfig
 from tokjax.errors import ConfigError, DataError
 
 _FILE = "tokenizer.json"
@@ -85,6 +86,7 @@ class HuggingFaceTokenizer(Tokenizer):
         added = {t["id"]: t["content"] for t in self._spec["added_tokens"]}
         special_ids = set(specials.values())
         alphabet = _byte_alphabet() if self._byte_level else {}
+        metaspace = bool(_parts(self._spec, "Metaspace"))
         fallback = {i: bytes([byte]) for byte, i in self._byte_ids.items()}
         for token, i in self._backend.get_vocab(with_added_tokens=True).items():
             if i in special_ids:
@@ -93,7 +95,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 table[i] = added[i].encode()
             elif self._byte_level and all(c in alphabet for c in token):
                 table[i] = bytes(alphabet[c] for c in token)
-            elif self._fallback:
+            elif self._fallback or metaspace:
                 table[i] = fallback.get(i) or token.replace(_SPACE, " ").encode()
             else:
                 table[i] = self._backend.decode([i], skip_special_tokens=False).encode()
@@ -295,7 +297,9 @@ def _backend(spec: Mapping[str, Any], title: str) -> Any:
     try:
         backend = Backend.from_str(json.dumps(spec))
     except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"{title} is no usable tokenizer.json: {error}. Fetch it again.") from error
+        raise ConfigError(
+            f"{title} is no usable tokenizer.json: {error}. Fetch it again."
+        ) from error
     backend.encode_special_tokens = True  # a special token spelled out in a text stays text
     return backend
 

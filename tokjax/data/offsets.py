@@ -43,18 +43,3 @@ def monotone(ranges: Sequence[tuple[int, int]]) -> Offsets:
         start, end = max(start, a), max(end, a, b)
         result.append((start, end))
     return result
-
-
-def merge_spans(spans: Sequence[tuple[int, int]]) -> Offsets:
-    """Returns the non-empty spans in order, those that touch or overlap joined into one.
-
-    >>> merge_spans([(4, 6), (0, 2), (2, 3), (8, 8)])
-    [(0, 3), (4, 6)]
-    """
-    merged: Offsets = []
-    for start, end in sorted(span for span in spans if span[0] < span[1]):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged

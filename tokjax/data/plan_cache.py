@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tokjax.data.cache import storage_error
 from tokjax.data.packing import Lengths, PackingConfig, PackingPlan, PackingStats, compute_plan
-from tokjax.errors import StorageError
 
 # Part of the key: a plan made by other rules must not be taken for one made by these.
 _VERSION = 1
@@ -47,7 +47,7 @@ def plan_packing(store: Lengths, config: PackingConfig, cache: Path | None) -> P
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return plan
-        raise StorageError(f"cannot keep the packing plan in {folder}: {error}") from error
+        raise storage_error(folder, error) from error
     return _load(folder, config) or plan
 
 

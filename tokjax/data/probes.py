@@ -2,7 +2,21 @@
 
 from collections.abc import Iterable
 
-_SPACES = (" ", "  ", " a", "  a", "a ", "a  ", "a b", "a  b", " a\n b ", "\n", "\r\n", "\t", "\t a")
+_SPACES = (
+    " ",
+    "  ",
+    " a",
+    "  a",
+    "a ",
+    "a  ",
+    "a b",
+    "a  b",
+    " a\n b ",
+    "\n",
+    "\r\n",
+    "\t",
+    "\t a",
+)
 _MARKS = ("\u2581", "a\u2581b", " \u2581 ", "\u2581a", "##a", "<0x0A>", "\u0120", "@@ ", "</w>")
 _FORMS = (
     "Ab",  # case folding

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from tokjax.data.offsets import Offsets
-from tokjax.data.tokenizers import Tokenizer, TokenizerConfig, special_id
+from tokjax.data.tokenizer_base import Tokenizer, special_id
+from tokjax.data.tokenizers import TokenizerConfig
 from tokjax.errors import ConfigError
 
 _FILE = "tokenizer.model"
@@ -54,7 +55,11 @@ class SentencePieceTokenizer(Tokenizer):
         processor = self._processor
         size = processor.get_piece_size()
         pieces = [processor.id_to_piece(i) for i in range(size)]
-        specials = {p: i for i, p in enumerate(pieces) if processor.is_control(i)}
+        specials = {
+            piece: i
+            for i, piece in enumerate(pieces)
+            if processor.is_control(i) or processor.is_unknown(i)
+        }
         table = []
         self._byte_ids: dict[int, int] = {}
         for i, piece in enumerate(pieces):

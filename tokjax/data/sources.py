@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from tokjax.config.schema import register, registered_name
-from tokjax.errors import ConfigError, nearest
+from tokjax.errors import ConfigError
 
 RecordKind = Literal["text", "response", "messages"]
 StdlibPart = Literal["topics", "docstrings", "sources"]
@@ -28,7 +28,8 @@ class Document:
       text: its text; "" when it is a chat, whose text is rendered with the tokenizer at hand.
       weights: (start, end, weight) of character ranges of `text`, later ones over earlier ones,
         0 where there is none; None: 1 throughout.
-      messages: the chat as {"role", "content", and perhaps "weight"}, or None.
+      messages: the chat, each message with "role", "content" and perhaps "weight", or None.
+      end_weight: weight of the end token, where `weights` are given.
       explicit_key: whether `key` was made from an id that the record carries.
     """
 
@@ -37,6 +38,7 @@ class Document:
     text: str
     weights: tuple[tuple[int, int, float], ...] | None = None
     messages: tuple[dict[str, Any], ...] | None = None
+    end_weight: float = 1.0
     explicit_key: bool = False
 
 
@@ -55,10 +57,7 @@ class Problem:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.reason}: {self.detail}" if self.detail else self.__short()
-
-    def __short(self) -> str:
-        return f"{self.name}: {self.reason}"
+        return ": ".join(part for part in (self.name, self.reason, self.detail) if part)
 
 
 @register("source", "stdlib")
@@ -114,8 +113,8 @@ class RecordSource:
     # other {name} is the field of that name
     template: str = "{prompt}{response}"
     messages: str = "messages"  # kind messages: field of the list of {"role", "content"}
-    # kind messages: Jinja2 template, path of a file with one, or "chatml"; None: the tokenizer's
-    # own, else chatml
+    # kind messages: Jinja2 template, path of a .jinja file, or "chatml"; None: the tokenizer's own,
+    # else chatml
     chat_template: str | None = None
     # optional field of weights, [[start, end, weight], ...] in characters of the text or response
     # (in a chat each message may have a "weight" instead); "" ignores such a field
@@ -181,7 +180,7 @@ class TfdsSource(RecordSource):
     split: str = "train"  # a split, also as "train[:10%]"
     data_dir: str | None = None  # where it lies; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
     module: str | None = None  # module to import that defines the data set; None: none
-    download: bool = False  # fetch and build the data set where it is not there
+    download: bool = True  # fetch and build the data set where it is not there
 
     def __post_init__(self):
         RecordSource.__post_init__(self)
@@ -233,7 +232,9 @@ def namespace(source: Any) -> str:
     Moving a record to another file or split, or adding records, leaves its key.
     """
     facts = [source_name(source)]
-    facts += [str(getattr(source, f)) for f in ("per", "kind", "dataset", "task") if hasattr(source, f)]
+    facts += [
+        str(getattr(source, f)) for f in ("per", "kind", "dataset", "task") if hasattr(source, f)
+    ]
     return "/".join(facts)
 
 
@@ -273,13 +274,11 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
         if specification or conversion or name == "":
             raise ConfigError(f"template {template!r}: write a field as {{name}} and nothing else")
         pieces.append((text, name))
-    names = [name for _, name in pieces]
-    if names.count("response") != 1:
-        close = nearest("response", [n for n in names if n]) if "response" not in names else ""
+    count = [name for _, name in pieces].count("response")
+    if count != 1:
         raise ConfigError(
-            f"template {template!r} must have {{response}} once, it has it "
-            f"{names.count('response')} times."
-            + (f" {{{{{close}" if False else "")
+            f"template {template!r} has {{response}} {count} times; it must have it once, where "
+            "the text that carries weight goes"
         )
     return pieces
 
@@ -294,9 +293,8 @@ def read_documents(source: Any) -> Iterator[Document | Problem]:
       DataError: a file cannot be read as what it should be.
     """
     from tokjax.data import reading
-    from tokjax.data.keys import SeenKeys
 
-    seen = SeenKeys()
+    seen = reading.SeenKeys()
     for item in reading.read(source):
         if isinstance(item, Document) and item.explicit_key and not seen.add(int(item.key, 16)):
             yield Problem(item.name, "the id occurs a second time", "ids must be unique")

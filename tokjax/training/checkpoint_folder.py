@@ -3,7 +3,7 @@
     pointer.json              the committed step and its manifest's checksum
     step-00000100/            manifest.json, metadata.json, state/ (written by Orbax)
     saving-00000100/          a save that is not finished; removed at the next start
-    replaced-00000100/        the old content while a step is saved again; put back at the next start
+    replaced-00000100/        the old content while a step is saved again; put back if that fails
     deleting-00000100/        on its way out; removed at the next start
     damaged-00000100-1/       set aside because its bytes are not those that were saved; the last
                               `KEEP_DAMAGED` are kept, for the curious
@@ -21,9 +21,9 @@ import os
 import re
 import shutil
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from tokjax.errors import CheckpointError
 from tokjax.training.files import storage_errors, sync_directory
@@ -77,7 +77,11 @@ class CheckpointFolder:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._lock: IO[str] | None = None
+        self._lock: int | None = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_lock", None) is not None:
+            self.close()
 
     def step_directory(self, step: int) -> Path:
         """Returns the directory of a step, whether it exists or not."""
@@ -139,7 +143,7 @@ class CheckpointFolder:
     def close(self) -> None:
         """Lets another process write here."""
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
             self._lock = None
 
     def begin(self, step: int) -> Path:
@@ -157,8 +161,12 @@ class CheckpointFolder:
 
     def abandon(self, step: int) -> None:
         """Removes what a failed save has written, to free the disk; never raises."""
-        for path in self.directory.glob(f"saving-{step:08d}*"):
+        path = self._path("saving", step)
+        for _ in range(20):
             shutil.rmtree(path, ignore_errors=True)
+            if not path.exists():
+                return
+            time.sleep(0.05)  # other writes of the failed save are still coming to their end
 
     def next_serial(self) -> int:
         """Returns the serial of the next commit."""
@@ -273,7 +281,7 @@ class CheckpointFolder:
         Pointer(manifest.step, manifest.serial, manifest.digest).write(self.directory)
 
     def _set_aside(self, step: int) -> Path:
-        aside = {number: path for number, path in self._damaged()}
+        aside = dict(self._damaged())
         free = self._path("damaged", step, max(aside, default=0) + 1)
         os.rename(self.step_directory(step), free)
         for number in sorted(aside, reverse=True)[KEEP_DAMAGED - 1 :]:
@@ -313,15 +321,14 @@ class CheckpointFolder:
     def _acquire(self) -> None:
         path = self.directory / ".lock"
         with storage_errors(path):
-            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until close
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             # A POSIX lock: the kernel drops it when the process dies, and children do not
             # inherit it, so a data loader that outlives its parent does not block the restart.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            file.close()
+            owner = os.pread(lock, 200, 0).decode(errors="replace") or "unknown"
+            os.close(lock)
             raise CheckpointError(
                 f"another process is saving checkpoints into {self.directory} ({owner}). Wait for "
                 f"it, or choose another workdir; if you are sure that it has ended, delete {path}."
@@ -329,10 +336,10 @@ class CheckpointFolder:
         except OSError:
             pass  # the file system knows no locks
         with contextlib.suppress(OSError):  # who holds it is a courtesy
-            file.truncate(0)
-            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-            file.flush()
-        self._lock = file
+            os.truncate(lock, 0)
+            owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+            os.pwrite(lock, owner.encode(), 0)
+        self._lock = lock
 
 
 def _in_order(entries: dict[int, Entry], newest: int | None) -> tuple[Entry, ...]:

@@ -201,7 +201,7 @@ def _running_mean(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns means over a centred window at up to about `_DRAWN` points.
 
-    The window shrinks at the ends and at the borders, so that no mean mixes two stages.
+    The window is cut off at the ends and at the borders, so that no mean mixes two stages.
     """
     half = max(2, len(values) // 100)
     finite = np.isfinite(values)
@@ -212,8 +212,8 @@ def _running_mean(
     spread = np.linspace(0, len(values) - 1, min(len(values), _DRAWN)).astype(int)
     index = np.unique(np.concatenate([spread, ends]))
     stage = np.searchsorted(edges, index, side="right")
-    reach = np.minimum(half, np.minimum(index - edges[stage - 1], edges[stage] - 1 - index))
-    low, high = index - reach, index + reach + 1
+    low = np.maximum(index - half, edges[stage - 1])
+    high = np.minimum(index + half + 1, edges[stage])
     count = counts[high] - counts[low]
     mean = (sums[high] - sums[low]) / np.maximum(count, 1)
     return steps[index], np.where(count > 0, mean, np.nan)

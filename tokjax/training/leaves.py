@@ -5,10 +5,11 @@ ever cast or padded: what does not fit is an error that names the leaf.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tokjax.errors import CheckpointError, nearest
@@ -19,23 +20,24 @@ _MAX_LINES = 30
 
 @dataclass(frozen=True)
 class LeafSpec:
-    """Shape, dtype and, for typed random keys, the generator of one leaf.
+    """Shape and dtype of one leaf; typed random keys have a dtype such as `key<threefry2x32>`.
 
     The shape of random keys counts keys, not the words they are made of.
+
+    >>> str(LeafSpec((2, 3), "bfloat16"))
+    'bfloat16[2,3]'
+    >>> LeafSpec.parse("bfloat16[2,3]")
+    LeafSpec(shape=(2, 3), dtype='bfloat16')
     """
 
     shape: tuple[int, ...]
     dtype: str
-    key: str | None = None
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> "LeafSpec":
-        """Returns the spec of which `to_json` made the document."""
-        return cls(tuple(document["shape"]), document["dtype"], document["key"])
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the spec as plain values."""
-        return {**asdict(self), "shape": list(self.shape)}
+    def parse(cls, text: str) -> "LeafSpec":
+        """Returns the spec that prints as `text`."""
+        dtype, _, sizes = text.removesuffix("]").partition("[")
+        return cls(tuple(int(size) for size in sizes.split(",") if size), dtype)
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
@@ -74,7 +76,7 @@ def spec_of(name: str, leaf: Any) -> LeafSpec:
             "array, or keep it in the metadata"
         )
     if is_key(leaf):
-        return LeafSpec(tuple(leaf.shape), "key", str(_generator(leaf)))
+        return LeafSpec(tuple(leaf.shape), f"key<{_generator(leaf)}>")
     if np.dtype(leaf.dtype).hasobject:
         raise TypeError(f"leaf {name!r} of the state is an array of Python objects")
     return LeafSpec(tuple(leaf.shape), np.dtype(leaf.dtype).name)
@@ -82,7 +84,7 @@ def spec_of(name: str, leaf: Any) -> LeafSpec:
 
 def is_key(leaf: Any) -> bool:
     """Returns whether a leaf is an array of typed random keys (or stands for one)."""
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def nest(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,9 +126,7 @@ def to_storable(named: Mapping[str, Any]) -> dict[str, Any]:
     return storable
 
 
-def restore_leaves(
-    template: PyTree, load: Callable[[dict[str, Any]], Mapping[str, Any]]
-) -> PyTree:
+def restore_leaves(template: PyTree, load: Callable[[dict[str, Any]], Mapping[str, Any]]) -> PyTree:
     """Returns a pytree like `template` with the values that `load` reads.
 
     Args:
@@ -158,7 +158,7 @@ def mismatches(saved: Mapping[str, LeafSpec], wanted: Mapping[str, LeafSpec]) ->
     missing = [name for name in wanted if name not in saved]
     extra = [name for name in saved if name not in wanted]
     lines = [
-        f"{name}: the checkpoint has {_show(saved[name])}, the model {_show(wanted[name])}"
+        f"{name}: the checkpoint has {saved[name]}, the model {wanted[name]}"
         for name in wanted
         if name in saved and saved[name] != wanted[name]
     ]
@@ -166,9 +166,7 @@ def mismatches(saved: Mapping[str, LeafSpec], wanted: Mapping[str, LeafSpec]) ->
     return lines + [f"{name}: only in the checkpoint.{_near(name, missing)}" for name in extra]
 
 
-def check_leaves(
-    place: str, saved: Mapping[str, LeafSpec], wanted: Mapping[str, LeafSpec]
-) -> None:
+def check_leaves(place: str, saved: Mapping[str, LeafSpec], wanted: Mapping[str, LeafSpec]) -> None:
     """Does nothing if the checkpoint at `place` holds exactly the wanted leaves.
 
     Raises:
@@ -233,10 +231,6 @@ def _finish(name: str, leaf: Any, values: Mapping[str, Any]) -> Any:
     if is_key(leaf):
         return jax.random.wrap_key_data(value, impl=_generator(leaf))
     return value
-
-
-def _show(spec: LeafSpec) -> str:
-    return str(spec) if spec.key is None else f"{spec.key}{list(spec.shape)}"
 
 
 def _near(name: str, candidates: list[str]) -> str:

@@ -144,7 +144,9 @@ class Ledger:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the file."""
+        """Writes the file; after `close` it does nothing."""
+        if self._closed:
+            return
         self._book()
         self._entry["last_seen"] = self._wall()
         self._flushed = self._since

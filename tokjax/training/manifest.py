@@ -52,7 +52,7 @@ class Manifest:
             where a run was continued from an earlier step.
         created: UTC time of the commit, ISO 8601.
         files: path relative to the step directory, with "/", of every file but the manifest.
-        leaves: the shape, dtype and kind of random key of every leaf of the state, by its path.
+        leaves: dtype and shape of every leaf of the state, such as "float32[8,16]", by its path.
         identity: the configuration keys which a run must share to continue from here.
         metrics: the numbers given to `save`; not-finite ones are kept.
     """
@@ -61,7 +61,7 @@ class Manifest:
     serial: int
     created: str
     files: Mapping[str, FileRecord]
-    leaves: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    leaves: Mapping[str, str] = field(default_factory=dict)
     identity: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -84,7 +84,7 @@ class Manifest:
             "created": self.created,
             "metrics": {name: _number_to_json(value) for name, value in self.metrics.items()},
             "identity": dict(self.identity),
-            "leaves": {path: dict(leaf) for path, leaf in self.leaves.items()},
+            "leaves": dict(self.leaves),
             "files": {name: [record.size, record.digest] for name, record in self.files.items()},
         }
 
@@ -157,9 +157,7 @@ class Pointer:
             return None
         document = _read_document(directory / POINTER)
         try:
-            return cls(
-                int(document["step"]), int(document["serial"]), str(document["manifest"])
-            )
+            return cls(int(document["step"]), int(document["serial"]), str(document["manifest"]))
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedError(f"{POINTER} lacks or garbles {error}") from error
 

@@ -61,7 +61,7 @@ class MetricWriter:
     ):
         self.notes: list[str] = []
         self._path = Path(workdir) / FILE_NAME
-        self._columns = ["step", "time"]
+        self._columns, self._closed = ["step", "time"], False
         self._flush_every_s, self._clock, self._flushed = flush_every_s, clock, clock()
         self._file: AppendFile | None = None
         if not enabled:
@@ -76,8 +76,11 @@ class MetricWriter:
         """Appends one row of `metrics` at `step`; values that are not finite are kept as such.
 
         Raises:
-            ValueError: a metric's name is empty, reserved, or holds a line break.
+            ValueError: a metric's name is empty, reserved, or holds a line break; or the writer
+                is closed.
         """
+        if self._closed:
+            raise ValueError(f"step {step}: {self._path} was closed, this row would be lost")
         if self._file is None or not metrics:
             return
         values = {name: float(value) for name, value in metrics.items()}
@@ -105,6 +108,7 @@ class MetricWriter:
 
     def close(self) -> None:
         """Flushes and closes the files; a second call does nothing."""
+        self._closed = True
         if self._file is None:
             return
         try:

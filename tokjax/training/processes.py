@@ -7,7 +7,7 @@ background thread could meet the training step's in another order on another pro
 
 import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -42,22 +42,16 @@ def on_first(action: Callable[[], T]) -> T:
         Exception: what the action raised, on every process; where it was not an error of
             tokjax, the other processes see a RuntimeError of the same text.
     """
+    if jax.process_count() == 1:
+        return action()
     result, error = None, None
     if jax.process_index() == 0:
         try:
             result = action()
         except Exception as caught:
             error = caught
-    if jax.process_count() == 1:
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]
-    answer = gather([result, describe_error(error)])[0]
-    if error is not None:
-        raise error
-    if answer[1] is not None:
-        raise rebuild_error(answer[1], process=0)
-    return answer[0]
+    agree(error)
+    return gather(result)[0]  # type: ignore[return-value]
 
 
 def agree(error: BaseException | None) -> None:

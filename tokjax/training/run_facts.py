@@ -21,7 +21,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokjax.training.files import AppendFile, write_atomically
+from tokjax.training.files import AppendFile, set_aside, write_atomically
 
 RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.jsonl"
@@ -39,14 +39,16 @@ def read_run(workdir: Path) -> dict[str, Any]:
 def update_run(workdir: Path, **facts: Any) -> None:
     """Sets top-level keys of `workdir/run.json`, keeps the others, and replaces it atomically.
 
+    A file that cannot be read is kept as `run.damaged-1.json`.
     What JSON lacks (paths, types) is written as its string. For one process of a run only.
 
     Raises:
         StorageError: the file cannot be written; the old one is untouched.
     """
-    merged = read_run(workdir) | facts
-    text = json.dumps(merged, indent=1, default=str)
-    write_atomically(Path(workdir) / RUN_FILE, text + "\n")
+    path, known = Path(workdir) / RUN_FILE, read_run(workdir)
+    if not known and path.exists():
+        set_aside(path, "damaged")  # whatever it is, it is not ours to overwrite
+    write_atomically(path, json.dumps(known | facts, indent=1, default=str) + "\n")
 
 
 def add_sample(workdir: Path, step: int, prompt: str, text: str) -> None:

@@ -1,0 +1,265 @@
+"""Sources as seqio tasks, and tasks as mixtures. Importing this imports TensorFlow.
+
+A task's examples have `tokens` (int32 ids, begin and end tokens included), `weights` (float32, the
+weight of each token as a target), `key`, `name` and `num_bytes`.
+"""
+
+import contextlib
+import json
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from tokjax.data.encoding import Encoder, Example
+from tokjax.data.reading import record_error
+from tokjax.data.sources import (
+    Document,
+    Problem,
+    SeqioSource,
+    TextSource,
+    read_documents,
+    split_label,
+)
+from tokjax.data.vocabularies import SeqioVocabulary
+from tokjax.errors import ConfigError, DataError, TokjaxError, nearest
+
+_TOGETHER = 64  # documents tokenised in one call
+_FILES_TOGETHER = 4  # the same where a document is a whole file
+_FEATURES = {
+    "tokens": tf.TensorSpec([None], tf.int32),  # type: ignore[abstract]
+    "weights": tf.TensorSpec([None], tf.float32),  # type: ignore[abstract]
+    "key": tf.TensorSpec([], tf.string),  # type: ignore[abstract]
+    "name": tf.TensorSpec([], tf.string),  # type: ignore[abstract]
+    "num_bytes": tf.TensorSpec([], tf.int64),  # type: ignore[abstract]
+}
+
+
+@dataclass
+class Inspector:
+    """What happens to bad records, and what went wrong: TensorFlow turns every error into its own.
+
+    Attributes:
+      skip: leave bad records out instead of raising.
+      on_skip: called with each record that is left out.
+      error: the error that ended the reading, if one did.
+    """
+
+    skip: bool = False
+    on_skip: Callable[[Problem], None] | None = None
+    error: BaseException | None = field(default=None, init=False)
+
+    def meet(self, problem: Problem) -> None:
+        """Notes a bad record.
+
+        Raises:
+          DataError: bad records are not to be skipped.
+        """
+        if not self.skip:
+            raise record_error(problem)
+        if self.on_skip is not None:
+            self.on_skip(problem)
+
+    def watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns `function` such that the error it raises is kept in `error`."""
+
+        def call(*arguments: Any) -> Any:
+            try:
+                return function(*arguments)
+            except BaseException as error:
+                self.error = self.error or error
+                raise
+
+        return call
+
+
+def register_task(
+    name: str, source: Any, encoder: Encoder, inspector: Inspector | None = None
+) -> seqio.Task:
+    """Returns the seqio task of a source, registered under `name`.
+
+    Args:
+      name: letters, digits, "_", "." and "/"; it must be new.
+      source: any source but `seqio`.
+      encoder: how documents become tokens.
+      inspector: what to do with bad records; None: raise.
+
+    Raises:
+      ConfigError: the name is taken, or the source is a task already.
+    """
+    if isinstance(source, SeqioSource):
+        raise ConfigError(f"{source.task!r} is a seqio task already; use it by that name")
+    if name in seqio.TaskRegistry.names():
+        raise ConfigError(f"there is a seqio task {name!r} already; choose another name")
+    inspector = inspector or Inspector()
+    split = split_label(source)
+    vocabulary = SeqioVocabulary(encoder.tokenizer)
+    features = {
+        "tokens": seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32),
+        "weights": seqio.Feature(
+            seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.float32, required=False
+        ),
+    }
+    return seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(_dataset_fn(source, inspector), splits=[split]),
+        preprocessors=[_tokenize(source, encoder, inspector)],
+        output_features=features,
+    )
+
+
+def register_mixture(name: str, rates: Mapping[str, float]) -> seqio.Mixture:
+    """Returns the seqio mixture of registered tasks at the given rates, registered under `name`.
+
+    Raises:
+      ConfigError: the name is taken, a task is not registered, or a rate is not above 0.
+    """
+    if name in seqio.MixtureRegistry.names():
+        raise ConfigError(f"there is a seqio mixture {name!r} already; choose another name")
+    for task, rate in rates.items():
+        if task not in seqio.TaskRegistry.names():
+            raise ConfigError(f"no seqio task {task!r}.{nearest(task, seqio.TaskRegistry.names())}")
+        if not rate > 0:
+            raise ConfigError(f"the rate of {task!r} is {rate}; it must be above 0")
+    return seqio.MixtureRegistry.add(name, list(rates.items()))
+
+
+def _dataset_fn(source: Any, inspector: Inspector) -> Callable[..., tf.data.Dataset]:
+    specification = {
+        "text": tf.TensorSpec([], tf.string),  # type: ignore[abstract]
+        "facts": tf.TensorSpec([], tf.string),  # type: ignore[abstract]
+    }
+
+    def records() -> Iterator[dict[str, bytes]]:
+        try:
+            for item in read_documents(source):
+                if isinstance(item, Problem):
+                    inspector.meet(item)
+                else:
+                    yield _to_features(item)
+        except Exception as error:
+            inspector.error = inspector.error or error
+            raise
+
+    def dataset(split: str, shuffle_files: bool = False, seed: int | None = None) -> Any:
+        del split, shuffle_files, seed  # the source has one split, in its own order
+        return tf.data.Dataset.from_generator(records, output_signature=specification)
+
+    return dataset
+
+
+def _to_features(document: Document) -> dict[str, bytes]:
+    facts = {
+        "name": document.name,
+        "key": document.key,
+        "weights": document.weights,
+        "messages": document.messages,
+        "end_weight": document.end_weight,
+    }
+    return {
+        "text": document.text.encode("utf-8", "surrogatepass"),
+        "facts": json.dumps(facts, default=str).encode(),
+    }
+
+
+def _from_features(text: bytes, facts: bytes) -> Document:
+    loaded = json.loads(facts)
+    for name in ("weights", "messages"):
+        if loaded[name] is not None:
+            items = loaded[name]
+            loaded[name] = tuple(tuple(i) if name == "weights" else i for i in items)
+    return Document(text=text.decode("utf-8", "surrogatepass"), **loaded)
+
+
+def _tokenize(source: Any, encoder: Encoder, inspector: Inspector) -> Callable[..., Any]:
+    """Returns the preprocessor that turns documents into examples."""
+
+    def encode(texts: np.ndarray, facts: np.ndarray) -> tuple[np.ndarray, ...]:
+        documents = [_from_features(t, f) for t, f in zip(texts, facts, strict=True)]
+        examples: list[Example] = []
+        for result in encoder.encode(documents):
+            if isinstance(result, Problem):
+                inspector.meet(result)
+            else:
+                examples.append(result)
+        none = np.zeros(0)
+        tokens = [e.tokens for e in examples]
+        weights = [np.ones(e.tokens.size) if e.weights is None else e.weights for e in examples]
+        return (
+            np.concatenate([none, *tokens]).astype(np.int32),
+            np.concatenate([none, *weights]).astype(np.float32),
+            np.cumsum([0, *(e.tokens.size for e in examples)], dtype=np.int64),
+            np.array([e.key.encode() for e in examples], object),
+            np.array([e.name.encode("utf-8", "replace") for e in examples], object),
+            np.array([e.num_bytes for e in examples], np.int64),
+        )
+
+    watched = inspector.watched(encode)
+    types = [tf.int32, tf.float32, tf.int64, tf.string, tf.string, tf.int64]
+
+    def batch(element: Mapping[str, Any]) -> dict[str, Any]:
+        arrays = tf.numpy_function(watched, [element["text"], element["facts"]], types)
+        tokens, weights, splits, *rest = [tf.ensure_shape(array, [None]) for array in arrays]
+        rows = {
+            name: tf.RaggedTensor.from_row_splits(values, splits, validate=False)
+            for name, values in (("tokens", tokens), ("weights", weights))
+        }
+        return {**rows, **dict(zip(("key", "name", "num_bytes"), rest, strict=True))}
+
+    def preprocess(dataset: tf.data.Dataset) -> tf.data.Dataset:
+        whole_files = isinstance(source, TextSource) and source.per == "file"
+        dataset = dataset.batch(_FILES_TOGETHER if whole_files else _TOGETHER)
+        # Plain tensors instead of the ragged ones: mixtures compare the types of their tasks.
+        return dataset.map(batch).unbatch().map(_plain)
+
+    return preprocess
+
+
+def _plain(element: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tf.ensure_shape(element[name], spec.shape) for name, spec in _FEATURES.items()}
+
+
+@contextlib.contextmanager
+def temporary_task(source: Any, encoder: Encoder, inspector: Inspector) -> Iterator[seqio.Task]:
+    """Gives the task of a source, registered under a name of its own while the block runs."""
+    name = f"tokjax_prepare_{uuid.uuid4().hex}"
+    try:
+        yield register_task(name, source, encoder, inspector)
+    finally:
+        seqio.TaskRegistry.remove(name)
+
+
+def task_examples(task: seqio.Task, source: Any, inspector: Inspector) -> Iterator[Example]:
+    """Yields the examples of a task made by `register_task`, in order.
+
+    Raises:
+      TokjaxError: what reading or encoding raised, in its own class.
+    """
+    dataset = task.get_dataset(split=split_label(source), shuffle=False)
+    for element in iterate(dataset, inspector):
+        weights = element["weights"]
+        yield Example(
+            element["name"].decode(),
+            element["key"].decode(),
+            element["tokens"],
+            None if (weights == 1).all() else weights,
+            int(element["num_bytes"]),
+        )
+
+
+def iterate(dataset: tf.data.Dataset, inspector: Inspector) -> Iterator[dict[str, Any]]:
+    """Yields the elements of a dataset as NumPy values.
+
+    Raises:
+      TokjaxError: what was raised inside the dataset, in its own class.
+    """
+    try:
+        yield from dataset.as_numpy_iterator()
+    except tf.errors.OpError as error:
+        if isinstance(inspector.error, TokjaxError | OSError):
+            raise inspector.error from None
+        raise DataError(f"the data set failed: {error.message}") from error

@@ -1,0 +1,26 @@
+"""What a transform or a stop may look at while a text is being written."""
+
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+from tokjax.decoding.prompts import Prompts
+
+
+@struct.dataclass
+class Context:
+    """The state of a decode between two tokens.
+
+    Attributes:
+        step: number of tokens sampled so far, the same for every row still being written.
+        last: each row's latest token; the last one of its prompt at step 0. Of no meaning in rows
+            that are done.
+        generated: the new tokens; those of row b from min(step, its length) on are filling.
+        done: rows that have ended.
+        prompts: what was continued.
+    """
+
+    step: Int[Array, ""]
+    last: Int[Array, "B"]
+    generated: Int[Array, "B N"]
+    done: Bool[Array, "B"]
+    prompts: Prompts

@@ -1,0 +1,255 @@
+"""Decoding: one compiled pass over the prompts and one `lax.while_loop` over the new tokens."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from tokjax.decoding.context import Context
+from tokjax.decoding.predictors import Predictor, StepOutput, as_predictor
+from tokjax.decoding.prompts import Prompts, bucket
+from tokjax.decoding.samplers import Sampler, greedy, logprob_of
+from tokjax.decoding.stops import Stop, never
+from tokjax.decoding.transforms import Transform, chain
+from tokjax.errors import ConfigError, DataError
+from tokjax.parallel.rules import constrain
+
+
+@struct.dataclass
+class Generation:
+    """New tokens. N is the largest `max_new_tokens`, rounded up to a bucket.
+
+    Slots from a row's length on hold zeros and mean nothing; use `lengths` or `mask`.
+
+    Attributes:
+        tokens: ids, the one that stopped the row included.
+        lengths: number of new tokens of each row.
+        stopped: rows that their stop ended; the others were cut at their `max_new_tokens`.
+        logprobs: the model's log-probability of each token at temperature 1, before any transform.
+        sampling_logprobs: log-probability with which the sampler took it, behind all transforms.
+        entropies: of the model's distribution at temperature 1, in nats.
+    """
+
+    tokens: Int[Array, "B N"]
+    lengths: Int[Array, "B"]
+    stopped: Bool[Array, "B"]
+    logprobs: Float[Array, "B N"]
+    sampling_logprobs: Float[Array, "B N"]
+    entropies: Float[Array, "B N"]
+
+    @property
+    def mask(self) -> Bool[Array, "B N"]:
+        """True where there is a token."""
+        return jnp.arange(self.tokens.shape[1]) < self.lengths[:, None]
+
+    def rows(self) -> list[list[int]]:
+        """Returns each row's own tokens (waits for the device)."""
+        tokens, lengths = jax.device_get((self.tokens, self.lengths))
+        return [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
+
+
+@struct.dataclass
+class _Loop:
+    """What one turn of the loop hands to the next."""
+
+    context: Context
+    out: StepOutput
+    predictor: Any
+    transform: Any
+    lengths: Int[Array, "B"]
+    stopped: Bool[Array, "B"]
+    logprobs: Float[Array, "B N"]
+    sampling_logprobs: Float[Array, "B N"]
+    entropies: Float[Array, "B N"]
+
+
+def decode(
+    model: Any,
+    params: Any,
+    prompts: Prompts,
+    *,
+    max_new_tokens: Any,
+    transform: Transform | None = None,
+    sampler: Sampler | None = None,
+    stop: Stop | None = None,
+    seeds: Any = None,
+    key: Any = None,
+) -> Generation:
+    """Returns continuations of the prompts, computed without a host round trip.
+
+    One program is compiled for each bucket of prompt length and of new tokens, each batch size,
+    and each structure of transform, sampler and stop; their values never compile anything. A row's
+    text depends on its own prompt, seed and settings, not on the rows beside it (to the rounding
+    of matrix products, whose order of summation may change with the number of rows).
+
+    Args:
+        model: a `Transformer`, or any `Predictor`.
+        params: the model's parameters; stacked ones are unstacked in every call.
+        prompts: what to continue.
+        max_new_tokens: one number, or one for each row.
+        transform: of the logits, for example `chain(temperature(0.8), top_p(0.95))`; default none.
+        sampler: default greedy.
+        stop: what ends a row besides `max_new_tokens`; default nothing.
+        seeds: one integer for each row; equal seed, prompt and settings give equal text.
+        key: a random key from which each row's own is derived, instead of seeds.
+
+    Raises:
+        ConfigError: a prompt without tokens; prompt and new tokens exceed the model's positions;
+            sizes that do not fit together; a sampler that draws without seeds and key.
+        DataError: a prompt's id is not in the model's vocabulary.
+    """
+    predictor = as_predictor(model)
+    sampler = greedy() if sampler is None else sampler
+    prompts, limits = _checked(predictor, prompts, max_new_tokens)
+    B, P = prompts.tokens.shape
+    width = bucket(int(np.max(limits)))
+    return _run(
+        predictor,
+        width,
+        params,
+        prompts,
+        chain() if transform is None else transform,
+        sampler,
+        never() if stop is None else stop,
+        _row_keys(B, seeds, key, needed=sampler.draws),
+        limits,
+    )
+
+
+def _checked(
+    predictor: Predictor, prompts: Prompts, max_new_tokens: Any
+) -> tuple[Prompts, np.ndarray]:
+    """Returns the prompts in a bucket's shape and each row's limit, both on the host."""
+    tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths)
+    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1] or not len(tokens):
+        raise ConfigError(
+            f"prompts need tokens [B, P] and lengths [B], not {tokens.shape} and {lengths.shape}"
+        )
+    B, P = tokens.shape
+    if lengths.min() < 1 or lengths.max() > P:
+        raise ConfigError(
+            f"prompt lengths must be 1 to {P}, not {lengths.min()} to {lengths.max()}: begin an "
+            f"empty prompt with the BOS id"
+        )
+    limits = np.asarray(max_new_tokens)
+    if limits.shape not in ((), (B,)) or not np.issubdtype(limits.dtype, np.integer):
+        raise ConfigError(f"max_new_tokens={max_new_tokens!r} must be an integer or {B} of them")
+    limits = np.broadcast_to(limits, (B,)).astype(np.int32)
+    if limits.min() < 1:
+        raise ConfigError(f"max_new_tokens={limits.min()} must be at least 1")
+    b = int(np.argmax(lengths + limits))
+    if lengths[b] + limits[b] > predictor.max_positions:
+        raise ConfigError(
+            f"prompt {b} has {lengths[b]} tokens; with max_new_tokens={limits[b]} that makes "
+            f"{lengths[b] + limits[b]}, but the model has max_positions={predictor.max_positions}: "
+            f"shorten the prompt or lower max_new_tokens"
+        )
+    used = np.arange(P) < lengths[:, None]
+    wrong = used & ((tokens < 0) | (tokens >= predictor.vocab_size))
+    if wrong.any():
+        b, at = np.argwhere(wrong)[0]
+        raise DataError(
+            f"prompt {b} has id {tokens[b, at]} at position {at}, but the model's ids are 0 to "
+            f"{predictor.vocab_size - 1}: was it made with another tokenizer?"
+        )
+    padded = np.zeros((B, bucket(int(lengths.max()))), np.int32)
+    shared = min(P, padded.shape[1])
+    padded[:, :shared] = np.where(used, tokens, 0)[:, :shared]
+    return Prompts(padded, lengths.astype(np.int32)), limits  # type: ignore[arg-type]
+
+
+def _row_keys(batch: int, seeds: Any, key: Any, needed: bool) -> Any:
+    if seeds is not None and key is not None:
+        raise ConfigError("give seeds or key, not both")
+    if key is not None:
+        return _keys_from_key(key, np.arange(batch))
+    if seeds is None:
+        if needed:
+            raise ConfigError("this sampler draws at random: give seeds (one a row) or key")
+        seeds = np.zeros(batch, np.uint32)
+    seeds = np.asarray(seeds)
+    if seeds.shape != (batch,) or not np.issubdtype(seeds.dtype, np.integer):
+        raise ConfigError(f"seeds must be {batch} integers, one for each prompt, not {seeds!r}")
+    return _keys_from_seeds(seeds.astype(np.uint32))
+
+
+_keys_from_seeds = jax.jit(jax.vmap(jax.random.key))
+_keys_from_key = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(predictor, width, params, prompts, transform, sampler, stop, keys, limits) -> Generation:
+    B, P = prompts.tokens.shape
+    prepared = predictor.prepare(params)
+    state, out = predictor.init(prepared, prompts, P + width)
+    last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
+    empty = jnp.zeros((B, width), jnp.float32)
+    nobody = jnp.zeros(B, bool)
+    written = jnp.zeros((B, width), jnp.int32)
+    loop = _Loop(
+        context=Context(jnp.int32(0), last, written, nobody, prompts),
+        out=out,
+        predictor=state,
+        transform=transform.init(prompts, predictor.vocab_size),
+        lengths=jnp.zeros(B, jnp.int32),
+        stopped=nobody,
+        logprobs=empty,
+        sampling_logprobs=empty,
+        entropies=empty,
+    )
+    take = partial(_take, transform, sampler, stop, keys, limits)
+
+    def turn(loop: _Loop) -> _Loop:
+        state, out = predictor.step(prepared, loop.predictor, loop.context.last)
+        return take(loop.replace(predictor=state, out=out))  # type: ignore[attr-defined]
+
+    # The first token is taken before the loop, so that no pass is run behind the last one.
+    loop = jax.lax.while_loop(lambda loop: ~loop.context.done.all(), turn, take(loop))
+    generation = Generation(
+        tokens=loop.context.generated,
+        lengths=loop.lengths,
+        stopped=loop.stopped,
+        logprobs=loop.logprobs,
+        sampling_logprobs=loop.sampling_logprobs,
+        entropies=loop.entropies,
+    )
+    # Whole on every device, so that each process of several can read it.
+    return jax.tree.map(lambda a: constrain(a, (None,) * a.ndim), generation)
+
+
+def _take(transform, sampler, stop, keys, limits, loop: _Loop) -> _Loop:
+    """Returns the loop with one more token in each row that is not done."""
+    context, step = loop.context, loop.context.step
+    logits = loop.out.logits.astype(jnp.float32)
+    changed, transform_state = transform.update(logits, loop.transform, context)
+    tokens, sampling_logprobs = sampler(
+        jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step), changed
+    )
+    active = ~context.done
+
+    def put(buffer: jax.Array, values: jax.Array) -> jax.Array:
+        return buffer.at[:, step].set(jnp.where(active, values, 0).astype(buffer.dtype))
+
+    context = context.replace(  # type: ignore[attr-defined]
+        step=step + 1, last=jnp.where(active, tokens, 0), generated=put(context.generated, tokens)
+    )
+    ended = active & stop(context)
+    return loop.replace(  # type: ignore[attr-defined]
+        context=context.replace(done=context.done | ended | (step + 1 >= limits)),
+        transform=transform_state,
+        lengths=loop.lengths + active,
+        stopped=loop.stopped | ended,
+        logprobs=put(loop.logprobs, logprob_of(logits, tokens)),
+        sampling_logprobs=put(loop.sampling_logprobs, sampling_logprobs),
+        entropies=put(loop.entropies, _entropy(logits)),
+    )
+
+
+def _entropy(logits: Float[Array, "B V"]) -> Float[Array, "B"]:
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    # A token of probability 0 has log-probability -inf; its term is 0, not NaN.
+    return -jnp.where(jnp.isfinite(logprobs), jnp.exp(logprobs) * logprobs, 0.0).sum(-1)

@@ -1,0 +1,116 @@
+"""How the next token's logits come to be: one pass over the prompts, then one pass a token.
+
+A predictor is a hashable value without arrays (it is part of the compiled program's identity);
+its parameters and state are arguments. Contrast, guidance and damaged passes are other predictors.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from tokjax.decoding.prompts import Prompts
+from tokjax.models import parameters
+from tokjax.models.cache import Cache
+from tokjax.models.parameters import Params
+from tokjax.models.transformer import Transformer
+
+
+@struct.dataclass
+class StepOutput:
+    """What a predictor says of the next token.
+
+    Attributes:
+        logits: unnormalised log-probabilities at temperature 1.
+    """
+
+    logits: Float[Array, "B V"]
+
+
+class Predictor(Protocol):
+    """Where logits come from. Rows must not depend on one another."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        ...
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence, prompt and new tokens together."""
+        ...
+
+    def prepare(self, params: Any) -> Any:
+        """Returns the parameters in the form `init` and `step` read fastest."""
+        ...
+
+    def init(self, prepared: Any, prompts: Prompts, capacity: int) -> tuple[Any, StepOutput]:
+        """Returns the state behind the prompts, with room for `capacity` tokens a row, and what
+        is said of the first new token.
+        """
+        ...
+
+    def step(self, prepared: Any, state: Any, tokens: Int[Array, "B"]) -> tuple[Any, StepOutput]:
+        """Returns the state behind one more token a row, and what is said of the next one."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelPredictor:
+    """One model's own predictions; costs one forward pass a token."""
+
+    model: Transformer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.model.config.vocabulary
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence, prompt and new tokens together."""
+        return self.model.config.max_positions
+
+    def prepare(self, params: Params) -> dict[str, Any]:
+        """Returns per-layer parameters (slicing a stack inside the loop is over twice as slow)."""
+        return parameters.unstack(params)
+
+    def init(self, prepared: Params, prompts: Prompts, capacity: int) -> tuple[Cache, StepOutput]:
+        """Returns the filled cache and the logits behind each prompt's last token.
+
+        The pass runs without a cache and captures its keys and values: it may so use a fused
+        attention kernel, and never holds probabilities over the whole capacity.
+        """
+        embedded = self.model.embed(prepared, prompts.tokens)
+        out = self.model.backbone(prepared, embedded, capture={"k", "v"})
+        empty = self.model.init_cache(prompts.tokens.shape[0], 0)
+
+        def buffers(kind: str, like: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            return tuple(out.captured[kind][i].astype(a.dtype) for i, a in enumerate(like))
+
+        # Slots from a row's true length on hold keys of filling: every one of them is overwritten
+        # before the row's queries come that far, so they are never attended.
+        cache = Cache(
+            keys=buffers("k", empty.keys),
+            values=buffers("v", empty.values),
+            lengths=prompts.lengths,
+        )
+        last = jnp.take_along_axis(out.x, (prompts.lengths - 1)[:, None, None], axis=1)
+        return cache.grow(capacity), StepOutput(self.model.unembed(prepared, last)[:, 0])
+
+    def step(
+        self, prepared: Params, state: Cache, tokens: Int[Array, "B"]
+    ) -> tuple[Cache, StepOutput]:
+        """Returns the cache with one more token a row, and the logits behind it."""
+        embedded = self.model.embed(prepared, tokens[:, None])
+        out = self.model.backbone(prepared, embedded, cache=state)
+        assert out.cache is not None
+        return out.cache, StepOutput(self.model.unembed(prepared, out.x)[:, 0])
+
+
+def as_predictor(model: Any) -> Predictor:
+    """Returns a model's own predictor; a predictor is returned as it is."""
+    return ModelPredictor(model) if isinstance(model, Transformer) else model

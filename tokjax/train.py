@@ -1,0 +1,51 @@
+"""Trains a model: `python -m tokjax.train --config=configs/quickstart.py --workdir=runs/quickstart`.
+
+The same command continues a run that was stopped. Exit codes: see `tokjax.errors`.
+"""
+
+import time
+
+_STARTED = time.monotonic()
+
+import signal  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from tokjax import cli  # noqa: E402
+from tokjax.errors import PREEMPTED_EXIT_CODE  # noqa: E402
+
+FLAGS = {
+    "workdir": cli.FlagSpec("folder for checkpoints, curves and the report", str, required=True),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit code."""
+    args = cli.parse_args(argv, flags=FLAGS)
+    from tokjax.training.config import TrainConfig
+
+    if args.help:
+        print(cli.help_text("tokjax.train", __doc__, FLAGS, schema=TrainConfig, args=args))
+        return 0
+    config = cli.load_config(TrainConfig, args)
+
+    from tokjax.parallel.distributed import initialise
+    from tokjax.training.loop import train
+    from tokjax.training.run import build_run
+
+    initialise()
+    run = build_run(config)
+    result = train(run, Path(args["workdir"]), started=_STARTED)
+    if result.report is not None:
+        for name, value in result.metrics.items():
+            print(f"{name} {value:.4f}")
+        print(f"report: {result.report}")
+    if result.finished:
+        return 0
+    print(f"stopped at step {result.step}; the same command continues")
+    interrupted = result.stopped_by == signal.SIGINT
+    return cli.INTERRUPTED_EXIT_CODE if interrupted else PREEMPTED_EXIT_CODE
+
+
+if __name__ == "__main__":
+    cli.run(main)

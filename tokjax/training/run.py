@@ -1,0 +1,255 @@
+"""A run, built from its configuration: tokenizer, data, model, stages. No state yet."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tokjax.config import to_dict
+from tokjax.data.cache import cache_directory
+from tokjax.data.loader import EvalLoader, Loader, StageSlice
+from tokjax.data.prepare import ensure_store
+from tokjax.data.store import TokenStore
+from tokjax.data.tokenizers import Tokenizer, build_tokenizer
+from tokjax.errors import ConfigError
+from tokjax.models.transformer import Transformer, with_vocabulary
+from tokjax.parallel.mesh import build_mesh
+from tokjax.parallel.rules import BATCH_AXES
+from tokjax.training.config import TrainConfig
+from tokjax.training.objective import Objective
+from tokjax.training.state import TrainState, init_state, state_shardings
+from tokjax.training.step import StepConfig, make_train_step
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run: which steps, and what is minimised."""
+
+    name: str
+    objective: Objective
+    first_step: int
+    steps: int
+    keep_optimizer: bool
+
+    @property
+    def end(self) -> int:
+        """The step after the last."""
+        return self.first_step + self.steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a configuration determines."""
+
+    config: TrainConfig
+    tokenizer: Tokenizer
+    stores: tuple[TokenStore, ...]
+    eval_stores: Mapping[str, TokenStore]
+    model: Transformer
+    mesh: Mesh
+    stages: tuple[Stage, ...]
+    loader: Loader
+    eval_loaders: Mapping[str, EvalLoader]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all stages."""
+        return self.stages[-1].end
+
+    def stage_at(self, step: int) -> Stage:
+        """Returns the stage that step number `step` (from 0) belongs to."""
+        return next(stage for stage in reversed(self.stages) if stage.first_step <= step)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optax transformation, at learning rate 1."""
+        return self.config.optimizer.build(self.model.config)
+
+    @cached_property
+    def batch_sharding(self) -> NamedSharding:
+        """Rows over `data` and `fsdp`, positions over `sequence`."""
+        return NamedSharding(self.mesh, P(BATCH_AXES, "sequence"))
+
+    def init_state(self, stage: Stage) -> TrainState:
+        """Returns the state a run starts with in this stage (pure; see `abstract_state`)."""
+        return init_state(
+            self.model,
+            stage.objective,
+            self.optimizer,
+            self.config.seed,
+            self.config.ema_decay is not None,
+        )
+
+    def abstract_state(self, stage: Stage) -> TrainState:
+        """Returns shapes, dtypes and shardings of the state."""
+        shapes = jax.eval_shape(lambda: self.init_state(stage))
+        shardings = state_shardings(shapes, self.model, self.mesh)
+        return jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+            shapes,
+            shardings,
+        )
+
+    def train_step(self, stage: Stage) -> Any:
+        """Returns the stage's step function (state, batch) -> (state, metrics), not compiled."""
+        config = self.config
+        step_config = StepConfig(
+            peak_lr=config.optimizer.peak_lr,
+            schedule=config.schedule,
+            first_step=stage.first_step,
+            stage_steps=stage.steps,
+            micro_batches=config.micro_batches,
+            clip_norm=config.clip_norm,
+            ema_decay=config.ema_decay,
+        )
+        return make_train_step(self.model, stage.objective, self.optimizer, step_config)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what a checkpoint and the run that continues from it must have in common.
+
+        Everything that changes the numbers. Left out: how often something is saved, shown or
+        evaluated, where files lie, on which mesh and in how many parts a step is computed.
+        """
+        tree = to_dict(self.config)
+        for key in ("title", "mesh", "evaluation", "samples", "checkpoints", "log_every"):
+            del tree[key]
+        del tree["micro_batches"]
+        for key in ("cache_dir", "prefetch", "evals", "train", "tokenizer", "on_error"):
+            del tree["data"][key]
+        for key in ("remat", "unroll", "attention"):
+            del tree["model"][key]
+        # Data are known by their content, wherever they lie.
+        tree["data"]["train"] = [
+            f"{store.manifest.get('task', '')} {store.fingerprint[:16]}" for store in self.stores
+        ]
+        tree["data"]["rates"] = [entry.rate for entry in self.config.data.train]
+        tree["tokenizer"] = self.tokenizer.fingerprint[:16]
+        return tree
+
+
+def build_run(config: TrainConfig, *, show_progress: bool = True) -> Run:
+    """Returns the run; prepares tokenizer and token stores where that was not done before.
+
+    Raises:
+        ConfigError: parts that do not fit together.
+        DataError: data that cannot be prepared.
+    """
+    mesh = build_mesh(config.mesh)
+    _check_mesh(config, mesh)
+    data = config.data
+    cache = Path(data.cache_dir) if data.cache_dir else cache_directory()
+    tokenizer = build_tokenizer(data.tokenizer, cache)
+    _check_vocabulary(config, tokenizer)
+
+    def store(source: Any) -> TokenStore:
+        return TokenStore.open(ensure_store(source, data, cache_dir=cache, progress=show_progress))
+
+    stores = tuple(store(entry.source) for entry in data.train)
+    eval_stores = {name: store(source) for name, source in data.evals.items()}
+    model = Transformer(with_vocabulary(config.model, tokenizer.vocab_size))
+    stages = _lay_out_stages(config, stores)
+    loader = _loader(config, stores, stages)
+    eval_loaders = {
+        name: EvalLoader(
+            [eval_store],
+            seq_len=data.seq_len,
+            batch_size=config.evaluation.batch_size or data.batch_size,
+            packing=data.packing,
+            long_examples="split",
+        )
+        for name, eval_store in eval_stores.items()
+    }
+    return Run(
+        config, tokenizer, stores, eval_stores, model, mesh, stages, loader, eval_loaders
+    )
+
+
+def _check_mesh(config: TrainConfig, mesh: Mesh) -> None:
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, size in (
+        ("data.batch_size", config.data.batch_size // config.micro_batches),
+        ("evaluation.batch_size", config.evaluation.batch_size or config.data.batch_size),
+    ):
+        if size % rows:
+            raise ConfigError(
+                f"{name} gives {size} rows at a time, which do not divide among the {rows} devices "
+                f"of the mesh axes data and fsdp; make it a multiple of {rows}"
+            )
+    if config.data.seq_len % mesh.shape["sequence"]:
+        raise ConfigError(
+            f"data.seq_len={config.data.seq_len} does not divide among the "
+            f"{mesh.shape['sequence']} devices of the mesh axis sequence"
+        )
+
+
+def _check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    size = config.model.vocab_size
+    if size is not None and size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer.vocab_size} ids; "
+            f"set it to at least that, or to None"
+        )
+
+
+def _loader(config: TrainConfig, stores: tuple[TokenStore, ...], stages: Any) -> Loader:
+    data = config.data
+    return Loader(
+        stores,
+        rates=[entry.rate for entry in data.train] if len(data.train) > 1 else None,
+        seq_len=data.seq_len,
+        batch_size=data.batch_size,
+        seed=data.seed,
+        packing=data.packing,
+        long_examples=data.long_examples,
+        shuffle=data.shuffle,
+        stages=[StageSlice(s.steps, s.objective.tokens_per_position) for s in stages],
+    )
+
+
+def _lay_out_stages(config: TrainConfig, stores: tuple[TokenStore, ...]) -> tuple[Stage, ...]:
+    per_step = config.data.seq_len * config.data.batch_size
+    if config.steps is not None:
+        budget = float(config.steps * per_step)
+    elif config.tokens is not None:
+        budget = float(config.tokens)
+    else:
+        # The length of an epoch is known once the examples are packed into rows.
+        probe = [
+            Stage("", stage.objective, i, 1, False) for i, stage in enumerate(config.stage_list)
+        ]
+        facts = _loader(config, stores, probe).describe()
+        budget = (config.epochs or 0) * facts["rows"] * facts["row_tokens"]
+    stages, first = [], 0
+    for stage in config.stage_list:
+        objective = stage.objective
+        steps = round(stage.share * budget / (per_step * objective.tokens_per_position))
+        if steps < 1:
+            raise ConfigError(
+                f"the run's {budget:.0f} data tokens give the stage {_name(objective)!r} with "
+                f"share={stage.share} not one step of "
+                f"{per_step * objective.tokens_per_position} tokens; train for longer"
+            )
+        stages.append(Stage(_name(objective), objective, first, steps, stage.keep_optimizer))
+        first += steps
+    return tuple(stages)
+
+
+def _name(objective: Any) -> str:
+    return to_dict(objective).get("name", type(objective).__name__)
+
+
+def reset_for_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
+    """Returns the state with the optimiser and the objective's state started afresh (pure)."""
+    key = jax.random.fold_in(state.key, stage.first_step)
+    opt_state = state.opt_state if stage.keep_optimizer else run.optimizer.init(state.params)
+    aux = stage.objective.init(key, run.model, state.params)
+    return dataclasses.replace(state, opt_state=opt_state, aux=aux)
+
+
