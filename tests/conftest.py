@@ -14,7 +14,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update(
-    "jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "tokjax-test-compilation-cache")
+    "jax_compilation_cache_dir",
+    os.path.join(tempfile.gettempdir(), "tokjax-test-compilation-cache"),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -28,3 +29,54 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip(_NO_DATA)
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.txt, validation.txt and a cache that tests share."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for name, seed in (("train", 0), ("validation", 1)):
+        words = [f"{i * 7919 % 97 + seed} tokens and {i * i % 89} more" for i in range(400)]
+        lines = [". ".join(words[i : i + 1 + i % 7]) for i in range(0, 400, 4)]
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def tiny_tree(tiny_corpus: Path):
+    """A function giving the configuration tree of a run that takes a second, with changes.
+
+    `tiny_tree(optimizer__peak_lr=0.1)` sets `optimizer.peak_lr`.
+    """
+
+    def source(name: str) -> dict:
+        return {"name": "text", "files": [str(tiny_corpus / f"{name}.txt")], "per": "line"}
+
+    def tree(**changes):
+        base = {
+            "title": "tiny",
+            "model": {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_positions": 64},
+            "data": {
+                "tokenizer": {"name": "bytes"},
+                "train": [{"source": source("train")}],
+                "evals": {"validation": source("validation")},
+                "seq_len": 64,
+                "batch_size": 4,
+                "cache_dir": str(tiny_corpus / "cache"),
+            },
+            "steps": 12,
+            "optimizer": {"name": "adamw", "peak_lr": 1e-2},
+            "schedule": {"name": "cosine", "warmup_steps": 2},
+            "evaluation": {"every_steps": 6},
+            "checkpoints": {"every_steps": 4},
+            "log_every": 1,
+        }
+        for key, value in changes.items():
+            node = base
+            *parents, last = key.split("__")
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = value
+        return base
+
+    return tree

@@ -8,6 +8,7 @@ is sound and 4 when it is damaged or there is none.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         raise CheckpointError(f"there is no directory {directory}")
     rows = describe(directory, verify=args["verify"])
     if args["json"]:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([_as_json(row) for row in rows], indent=1))
     else:
         _print_table(directory, rows, verified=args["verify"])
     if not rows:
@@ -96,6 +97,15 @@ def _row(folder: CheckpointFolder, survey: Survey, entry: Entry, verify: bool) -
     }
 
 
+def _as_json(row: dict[str, Any]) -> dict[str, Any]:
+    metrics = row["metrics"].items()
+    # NaN is no JSON.
+    return {
+        **row,
+        "metrics": {name: value if math.isfinite(value) else str(value) for name, value in metrics},
+    }
+
+
 def _print_table(directory: Path, rows: list[dict[str, Any]], *, verified: bool) -> None:
     # Imported here: only the table needs it, and `describe` is for programs, too.
     from rich import box
@@ -112,20 +122,21 @@ def _print_table(directory: Path, rows: list[dict[str, Any]], *, verified: bool)
         ("metrics", "left"),
         ("state", "left"),
     ):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, no_wrap=name != "metrics")  # type: ignore[arg-type]
     for row in rows:
         sound = "verified" if verified else "complete"
-        state = f"[green]{sound}" if row["good"] else "[red]damaged: "
-        state += escape("; ".join(shorten(row["reasons"])))
         table.add_row(
             f"{row['step']}{' (latest)' if row['latest'] else ''}",
             _size(row["bytes"]),
             str(row["leaves"]),
             (row["created"] or "").removesuffix("+00:00").replace("T", " "),
             escape(", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())),
-            state,
+            f"[green]{sound}" if row["good"] else "[red]damaged",
         )
     Console(highlight=False).print(table)
+    for row in rows:
+        for reason in shorten(row["reasons"]):
+            print(f"step {row['step']}: {reason}")  # whole lines: paths are for copying
 
 
 def _size(count: float) -> str:

@@ -9,9 +9,7 @@ whose accelerators should not wait, and for looking at what was left out.
 from collections.abc import Sequence
 
 from tokjax import cli
-from tokjax.config import load, resolve
 from tokjax.data.config import DataConfig
-from tokjax.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,14 +19,12 @@ def main(argv: Sequence[str]) -> int:
       TokjaxError: see `tokjax.data.prepare.prepare`.
     """
     args = cli.parse_args(argv, flags={})
+    from tokjax.training.config import TrainConfig
+
     if args.help:
-        print(cli.help_text("tokjax.prepare", __doc__, {}))
-        print("  --config=FILE[:ARGS]  Python file with get_config; its section 'data' is used")
+        print(cli.help_text("tokjax.prepare", __doc__, {}, schema=TrainConfig, args=args))
         return 0
-    tree = load(args.config or "", args.overrides)
-    if "data" not in tree:
-        raise ConfigError(f"{args.config} has no section 'data' that says what to prepare")
-    data = resolve(DataConfig, tree["data"], path="config.data")
+    data = cli.load_config(TrainConfig, args).data
     for label, directory in prepare_all(data).items():
         print(f"{label}: {directory}")
     return 0

@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 
 import pytest
 
@@ -268,8 +269,7 @@ def test_a_bad_record_is_named_with_place_and_reason(tmp_path, record, settings,
     item = problem(jsonl(tmp_path, record, **settings))
     assert item.name == f"{tmp_path}/data.jsonl:1"
     assert item.reason.startswith(reason)
-    with pytest.raises(AssertionError, match=detail):
-        raise AssertionError(item.detail)
+    assert re.search(detail, item.detail), item.detail
     assert str(record_error(item)).startswith(f"{item.name}: {item.reason}")
 
 
@@ -364,9 +364,7 @@ def test_parquet_rows_are_records(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     settings = {"kind": "response", "prompt": "question"}
     files = (str(tmp_path / "a.parquet"),)
-    first, second, third = read_documents(
-        ParquetSource(files=files, response="answer", **settings)
-    )
+    first, second, third = read_documents(ParquetSource(files=files, response="answer", **settings))
     assert (first.text, first.name) == ("ab", f"{tmp_path}/a.parquet#0")
     assert second.weights == ((1, 3, 1.0), (1, 2, 0.5))
     assert third.reason == "field 'answer' is null"
@@ -423,9 +421,7 @@ def test_a_chat_that_cannot_be_rendered_is_a_problem(tmp_path, encoder):
 
 
 def test_end_tokens_that_the_template_wrote_are_not_repeated(tmp_path, byte_tokenizer):
-    template = (
-        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
-    )
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
     encoder = Encoder(byte_tokenizer, (256,), (256,), chat_template=template)
     record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     (example,) = encoder.encode([only(jsonl(tmp_path, record, kind="messages"))])

@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -39,9 +41,10 @@ def test_everything_written_is_read(tmp_path):
         assert store.weights(i).tolist() == (weights or [1.0] * len(tokens))
         assert store.weights(i).dtype == np.float32
         assert store.example_name(i) == f"place {text}"
-    assert store.unigram_counts.tolist() == np.bincount(
-        [t for tokens, _, _ in EXAMPLES for t in tokens], minlength=300
-    ).tolist()
+    assert (
+        store.unigram_counts.tolist()
+        == np.bincount([t for tokens, _, _ in EXAMPLES for t in tokens], minlength=300).tolist()
+    )
     counts = store.manifest["counts"]
     assert counts["bytes"] == 6
     assert counts["weighted_targets"] == 2 + 0 + 3 + 2
@@ -162,9 +165,13 @@ def test_an_impossible_example_is_refused_by_name(tmp_path, tokens, weights, key
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):
-    with pytest.raises(ZeroDivisionError), StoreWriter(tmp_path / "s", vocab_size=9) as writer:
-        writer.add([1], key="0" * 16, name="x")
-        raise ZeroDivisionError
+    def fail():
+        with StoreWriter(tmp_path / "s", vocab_size=9) as writer:
+            writer.add([1], key="0" * 16, name="x")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -215,11 +222,20 @@ def test_a_store_with_other_examples_is_never_replaced(tmp_path):
 def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
     write(tmp_path / "s")
     write(tmp_path / "s2")
-    (tmp_path / ".s.abc").mkdir()
-    (tmp_path / ".s.abc" / "tokens.bin").write_bytes(b"half")
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    host = store_writer._host()
+    mine, killed = f".s.{host}-{os.getpid()}.a", f".s.{host}-{dead.pid}.b"
+    elsewhere, forgotten = ".s.other-host-1.c", ".s.other-host-1.d"
+    for name in (mine, killed, elsewhere, forgotten):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokens.bin").write_bytes(b"half")
+    for path in (tmp_path / forgotten / "tokens.bin", tmp_path / forgotten):
+        os.utime(path, (1e9, 1e9))
     (tmp_path / ".s.lock").touch()
     remove_unfinished(tmp_path / "s")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".s.lock", "s", "s2"]
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {mine, elsewhere, ".s.lock", "s", "s2"}
 
 
 def test_left_out_records_are_counted_and_listed(tmp_path):
@@ -235,10 +251,17 @@ def test_left_out_records_are_counted_and_listed(tmp_path):
     assert json.loads(lines[1]) == {"name": "f:3", "reason": "too long", "detail": "9 tokens"}
 
 
-FILES = sorted(
-    ["tokens", "weights", "offsets", "lengths", "keys", "repeats", "names", "name_offsets"]
-    + ["unigram"]
-)
+FILES = [
+    "tokens",
+    "weights",
+    "offsets",
+    "lengths",
+    "keys",
+    "repeats",
+    "names",
+    "name_offsets",
+    "unigram",
+]
 
 
 @pytest.mark.parametrize("name", FILES)

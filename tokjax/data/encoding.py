@@ -101,7 +101,7 @@ class Encoder:
         # A weight on a message that is not the assistant's counts for its content.
         others = [s for s in rendered.content if given[s.message] and not _assistant(messages, s)]
         ranges = [
-            (span.start, span.end, 1.0 if given[span.message] is None else given[span.message])
+            (span.start, span.end, _weight(given[span.message]))
             for span in (*others, *rendered.assistant)
         ]
         ids, offsets = encode_rendered(self.tokenizer, rendered)
@@ -161,6 +161,10 @@ def token_weights(length: int, ranges: Weights, offsets: Sequence[tuple[int, int
 
 def _assistant(messages: Sequence[dict[str, Any]], span: "Span") -> bool:
     return messages[span.message].get("role") == "assistant"
+
+
+def _weight(given: float | None) -> float:
+    return 1.0 if given is None else given
 
 
 def _last_word(rendered: "RenderedChat", end: int) -> bool:

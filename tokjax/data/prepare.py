@@ -8,6 +8,7 @@ costs neither of them more than a hash of the input files.
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -174,6 +175,7 @@ def ensure_store(
 
 def worker() -> None:
     """Does what `ensure_store` asks on stdin; the answer goes to the file that it names."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half made stays
     order = json.loads(sys.stdin.read())
     sys.path += [entry for entry in order["sys_path"] if entry not in sys.path]
     code = 0
@@ -188,6 +190,8 @@ def worker() -> None:
     except Exception:
         traceback.print_exc()
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     Path(order["answer"]).write_text(json.dumps(told), encoding="utf-8")
     sys.exit(code)
 
@@ -201,8 +205,8 @@ def quieten_tensorflow() -> None:
     with _stderr_set_aside():
         import tensorflow as tf
 
+        tf.config.set_visible_devices([], "GPU")
     tf.get_logger().setLevel("ERROR")
-    tf.config.set_visible_devices([], "GPU")
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ class Reporter:
             )
 
         with contextlib.ExitStack() as stack:
-            show = self._bar(stack, line()) if terminal else self._print
+            show = self._spinner(stack, line()) if terminal else self._print
 
             def advance() -> None:
                 nonlocal last
@@ -90,12 +90,13 @@ class Reporter:
             print(text, file=sys.stderr, flush=True)
 
     @staticmethod
-    def _bar(stack: contextlib.ExitStack, text: str) -> Callable[[str], None]:
+    def _spinner(stack: contextlib.ExitStack, text: str) -> Callable[[str], None]:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        progress = stack.enter_context(bar)
+        # No bar: how many examples a source has is known only at its end.
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        live = Progress(*columns, console=Console(stderr=True), transient=True)
+        progress = stack.enter_context(live)
         task = progress.add_task(text, total=None)
         return lambda new: progress.update(task, description=new)

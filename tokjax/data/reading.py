@@ -102,11 +102,13 @@ def _jsonl(file: str, source: JsonlSource) -> Iterator[Document | Problem]:
             continue  # a blank line is no record, and most files end in one
         name = f"{file}:{number}"
         try:
-            record = json.loads(line.decode())
+            record = json.loads(line.decode().rstrip())
         except UnicodeDecodeError as error:
             yield _not_utf8(name, line, number, error)
         except (ValueError, RecursionError) as error:
-            detail = f"{error.msg} (column {error.colno})" if hasattr(error, "msg") else str(error)
+            detail = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                detail = f"{error.msg} (column {error.colno})"
             if number == 1 and line.lstrip().startswith(b"["):
                 detail += "; the file seems to be one JSON array: write one object a line instead"
             yield Problem(name, "broken JSON", detail)

@@ -77,7 +77,7 @@ def find_provider(source: SeqioSource) -> Any:
     return provider
 
 
-def _provider_dataset(provider: Any, source: SeqioSource) -> tf.data.Dataset:
+def _provider_dataset(provider: Any, source: SeqioSource) -> Any:
     if isinstance(provider, seqio.Mixture):
         dataset = provider.get_dataset(
             split=source.split,
@@ -117,9 +117,7 @@ def _feature_names(provider: Any, source: SeqioSource) -> list[str]:
     return [*names, source.weights] if source.weights in present else names
 
 
-def _reader(
-    source: SeqioSource, name: str, feature: seqio.Feature, encoder: Encoder
-) -> Callable[[Any], Any]:
+def _reader(source: SeqioSource, name: str, feature: Any, encoder: Encoder) -> Callable[[Any], Any]:
     """Returns the function from a feature's value to ids of the encoder's tokenizer."""
     tokenizer = encoder.tokenizer
     if feature.dtype == tf.string:

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +27,7 @@ from tokjax.data.store_format import (
 from tokjax.errors import DataError
 
 _BUFFERED_TOKENS = 1 << 20
+_SURELY_DEAD_S = 86400.0  # a writer on another machine that wrote nothing for so long
 
 
 class StoreWriter:
@@ -81,7 +84,9 @@ class StoreWriter:
         parent = self.directory.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            self._temporary = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}.", dir=parent))
+            # Whose it is, so that others know when it may be removed.
+            prefix = f".{self.directory.name}.{_host()}-{os.getpid()}."
+            self._temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
             os.chmod(self._temporary, 0o755)  # mkdtemp's 0700 would lock out other users
         except OSError as error:
             raise storage_error(parent, error) from error
@@ -332,11 +337,31 @@ def count_repeats(keys: np.ndarray) -> np.ndarray:
 def remove_unfinished(directory: Path) -> None:
     """Removes what killed writers of the store `directory` left beside it.
 
-    Only for a process that holds the lock of the store: nobody else is writing it then.
+    A directory stays while its writer may be alive: where locks do not work, another machine may
+    be making the same store.
     """
     for path in directory.parent.glob(f".{glob.escape(directory.name)}.*"):
-        if path.is_dir():
+        if path.is_dir() and _is_abandoned(path, directory.name):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_abandoned(path: Path, name: str) -> bool:
+    host, _, rest = path.name.removeprefix(f".{name}.").rpartition("-")
+    process = rest.partition(".")[0]
+    if host == _host() and process.isdigit():
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            pass  # it lives, under another user
+        return False
+    times = [p.stat().st_mtime for p in (path, *path.iterdir()) if p.exists()]
+    return time.time() - max(times) > _SURELY_DEAD_S
+
+
+def _host() -> str:
+    return socket.gethostname() or "localhost"
 
 
 def _sync_directory(directory: Path) -> None:

@@ -5,7 +5,9 @@ weight of each token as a target), `key`, `name` and `num_bytes`.
 """
 
 import contextlib
+import itertools
 import json
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ from tokjax.errors import ConfigError, DataError, TokjaxError, nearest
 
 _TOGETHER = 64  # documents tokenised in one call
 _FILES_TOGETHER = 4  # the same where a document is a whole file
+_ragged = tf.RaggedTensor.from_row_splits  # pyright: ignore[reportAttributeAccessIssue]
 _FEATURES = {
     "tokens": tf.TensorSpec([None], tf.int32),  # type: ignore[abstract]
     "weights": tf.TensorSpec([None], tf.float32),  # type: ignore[abstract]
@@ -83,16 +86,18 @@ def register_task(
     """Returns the seqio task of a source, registered under `name`.
 
     Args:
-      name: letters, digits, "_", "." and "/"; it must be new.
+      name: letters, digits, "_", ".", ":" and "#"; it must be new.
       source: any source but `seqio`.
       encoder: how documents become tokens.
       inspector: what to do with bad records; None: raise.
 
     Raises:
-      ConfigError: the name is taken, or the source is a task already.
+      ConfigError: the name is taken or not allowed, or the source is a task already.
     """
     if isinstance(source, SeqioSource):
         raise ConfigError(f"{source.task!r} is a seqio task already; use it by that name")
+    if not re.fullmatch(r"[\w.:#]+", name):
+        raise ConfigError(f"the task name {name!r} may hold letters, digits, '_', '.', ':' and '#'")
     if name in seqio.TaskRegistry.names():
         raise ConfigError(f"there is a seqio task {name!r} already; choose another name")
     inspector = inspector or Inspector()
@@ -104,9 +109,10 @@ def register_task(
             seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.float32, required=False
         ),
     }
+    origin: Any = seqio.FunctionDataSource(_dataset_fn(source, inspector), splits=[split])
     return seqio.TaskRegistry.add(
         name,
-        source=seqio.FunctionDataSource(_dataset_fn(source, inspector), splits=[split]),
+        source=origin,
         preprocessors=[_tokenize(source, encoder, inspector)],
         output_features=features,
     )
@@ -130,26 +136,38 @@ def register_mixture(name: str, rates: Mapping[str, float]) -> seqio.Mixture:
 
 def _dataset_fn(source: Any, inspector: Inspector) -> Callable[..., tf.data.Dataset]:
     specification = {
-        "text": tf.TensorSpec([], tf.string),  # type: ignore[abstract]
-        "facts": tf.TensorSpec([], tf.string),  # type: ignore[abstract]
+        "text": tf.TensorSpec([None], tf.string),  # type: ignore[abstract]
+        "facts": tf.TensorSpec([None], tf.string),  # type: ignore[abstract]
     }
 
-    def records() -> Iterator[dict[str, bytes]]:
+    def documents() -> Iterator[Document]:
+        for item in read_documents(source):
+            if isinstance(item, Problem):
+                inspector.meet(item)
+            else:
+                yield item
+
+    def records() -> Iterator[dict[str, np.ndarray]]:
+        # Several at a time: handing over one costs TensorFlow more than reading it costs us.
+        reader = documents()
         try:
-            for item in read_documents(source):
-                if isinstance(item, Problem):
-                    inspector.meet(item)
-                else:
-                    yield _to_features(item)
+            while group := list(itertools.islice(reader, _together(source))):
+                features = [_to_features(document) for document in group]
+                yield {n: np.array([f[n] for f in features], object) for n in specification}
         except Exception as error:
             inspector.error = inspector.error or error
             raise
 
     def dataset(split: str, shuffle_files: bool = False, seed: int | None = None) -> Any:
         del split, shuffle_files, seed  # the source has one split, in its own order
-        return tf.data.Dataset.from_generator(records, output_signature=specification)
+        return tf.data.Dataset.from_generator(records, output_signature=specification).unbatch()
 
     return dataset
+
+
+def _together(source: Any) -> int:
+    whole_files = isinstance(source, TextSource) and source.per == "file"
+    return _FILES_TOGETHER if whole_files else _TOGETHER
 
 
 def _to_features(document: Document) -> dict[str, bytes]:
@@ -205,14 +223,13 @@ def _tokenize(source: Any, encoder: Encoder, inspector: Inspector) -> Callable[.
         arrays = tf.numpy_function(watched, [element["text"], element["facts"]], types)
         tokens, weights, splits, *rest = [tf.ensure_shape(array, [None]) for array in arrays]
         rows = {
-            name: tf.RaggedTensor.from_row_splits(values, splits, validate=False)
+            name: _ragged(values, splits, validate=False)
             for name, values in (("tokens", tokens), ("weights", weights))
         }
         return {**rows, **dict(zip(("key", "name", "num_bytes"), rest, strict=True))}
 
     def preprocess(dataset: tf.data.Dataset) -> tf.data.Dataset:
-        whole_files = isinstance(source, TextSource) and source.per == "file"
-        dataset = dataset.batch(_FILES_TOGETHER if whole_files else _TOGETHER)
+        dataset = dataset.batch(_together(source))
         # Plain tensors instead of the ragged ones: mixtures compare the types of their tasks.
         return dataset.map(batch).unbatch().map(_plain)
 
@@ -251,7 +268,7 @@ def task_examples(task: seqio.Task, source: Any, inspector: Inspector) -> Iterat
         )
 
 
-def iterate(dataset: tf.data.Dataset, inspector: Inspector) -> Iterator[dict[str, Any]]:
+def iterate(dataset: Any, inspector: Inspector) -> Iterator[dict[str, Any]]:
     """Yields the elements of a dataset as NumPy values.
 
     Raises:

@@ -30,7 +30,7 @@ def build(source: TfdsSource) -> tfds.core.DatasetBuilder:
     data_dir = os.path.expanduser(source.data_dir) if source.data_dir else None
     try:
         builder = tfds.builder(source.dataset, data_dir=data_dir)
-    except tfds.core.registered.DatasetNotFoundError as error:
+    except tfds.core.DatasetNotFoundError as error:
         close = nearest(source.dataset.split("/")[0].split(":")[0], tfds.list_builders())
         raise ConfigError(
             f"TensorFlow Datasets has no {source.dataset!r}.{close if 'mean' in close else ''} A "
@@ -62,14 +62,16 @@ def tfds_records(source: TfdsSource) -> Iterator[tuple[str, Any]]:
       ConfigError, DataError: see `build`; or a field is no feature of the data set.
     """
     builder = build(source)
-    features = list(builder.info.features or ())
+    known: Any = builder.info.features or {}
+    features = list(known)
     for field in source.fields:
         if field not in features:
             raise ConfigError(
                 f"{source.dataset!r} has no feature {field!r}.{nearest(field, features)}"
             )
     config = tfds.ReadConfig(interleave_cycle_length=1)  # one file after another: a fixed order
-    dataset = builder.as_dataset(split=source.split, shuffle_files=False, read_config=config)
+    open_dataset: Any = builder.as_dataset
+    dataset = open_dataset(split=source.split, shuffle_files=False, read_config=config)
     for row, record in enumerate(tfds.as_numpy(dataset)):
         plain = _plain(record)
         if source.kind == "messages" and isinstance(plain.get(source.messages), dict):

@@ -104,8 +104,7 @@ def decode(
     """
     predictor = as_predictor(model)
     sampler = greedy() if sampler is None else sampler
-    prompts, limits = _checked(predictor, prompts, max_new_tokens)
-    B, P = prompts.tokens.shape
+    prompts, limits = check_prompts(predictor, prompts, max_new_tokens)
     width = bucket(int(np.max(limits)))
     return _run(
         predictor,
@@ -115,15 +114,23 @@ def decode(
         chain() if transform is None else transform,
         sampler,
         never() if stop is None else stop,
-        _row_keys(B, seeds, key, needed=sampler.draws),
+        _row_keys(len(limits), seeds, key, needed=sampler.draws),
         limits,
     )
 
 
-def _checked(
+def check_prompts(
     predictor: Predictor, prompts: Prompts, max_new_tokens: Any
 ) -> tuple[Prompts, np.ndarray]:
-    """Returns the prompts in a bucket's shape and each row's limit, both on the host."""
+    """Returns the prompts in a bucket's shape and each row's limit, both on the host.
+
+    `decode` does this first; whoever decodes much later (samples during training) can do it early.
+
+    Raises:
+        ConfigError: a prompt without tokens; prompt and new tokens exceed the model's positions;
+            sizes that do not fit together.
+        DataError: a prompt's id is not in the model's vocabulary.
+    """
     tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths)
     if tokens.ndim != 2 or lengths.shape != tokens.shape[:1] or not len(tokens):
         raise ConfigError(

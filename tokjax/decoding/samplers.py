@@ -62,9 +62,7 @@ def categorical() -> Sampler:
     return Categorical()
 
 
-def logprob_of(
-    logits: Float[Array, "B V"], tokens: Int[Array, "B"]
-) -> Float[Array, "B"]:
+def logprob_of(logits: Float[Array, "B V"], tokens: Int[Array, "B"]) -> Float[Array, "B"]:
     """Returns each row's log-probability of its token under the softmax of the logits."""
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)

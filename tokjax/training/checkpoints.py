@@ -19,7 +19,7 @@ import operator
 import re
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -216,7 +216,9 @@ class Checkpointer:
         if not self._config.asynchronous:
             self.wait()
 
-    def restore(self, template: PyTree, step: int | None = None) -> Restored | None:
+    def restore(
+        self, template: PyTree | Callable[[int], PyTree], step: int | None = None
+    ) -> Restored | None:
         """Returns the newest good checkpoint, or None where nothing was ever committed.
 
         Every byte is verified first. A damaged step is named in a warning and the good one before
@@ -224,7 +226,8 @@ class Checkpointer:
 
         Args:
             template: a pytree of `jax.ShapeDtypeStruct` or arrays with the shapes, dtypes and
-                shardings wanted; they need not be the shardings it was saved with.
+                shardings wanted; they need not be the shardings it was saved with. Where the
+                leaves depend on the step (a run in stages), a function from the step to it.
             step: this step and no other.
 
         Raises:
@@ -232,7 +235,6 @@ class Checkpointer:
                 are damaged; the configuration is another (`identity`); leaves differ.
         """
         self.wait()
-        wanted = {name: spec_of(name, leaf) for name, leaf in name_leaves(template).items()}
         plan = on_first(lambda: self._plan(step))
         remedy = ""
         if step is not None:
@@ -248,7 +250,8 @@ class Checkpointer:
                 lost.append(LostStep(candidate, tuple(problems)))
                 self._complain(_sentence(self._directory, lost[-1]), remedy)
                 continue
-            restored = self._load(manifest, template, wanted, tuple(lost))
+            tree = template(candidate) if callable(template) else template
+            restored = self._load(manifest, tree, tuple(lost))
             self._damaged |= {item.step for item in lost}
             if lost:
                 steps = ", ".join(str(item.step) for item in lost)
@@ -463,16 +466,11 @@ class Checkpointer:
             raise CheckpointError(f"{text}. {remedy}")
         _warn(text)
 
-    def _load(
-        self,
-        manifest: Manifest,
-        template: PyTree,
-        wanted: Mapping[str, LeafSpec],
-        lost: tuple[LostStep, ...],
-    ) -> Restored:
+    def _load(self, manifest: Manifest, template: PyTree, lost: tuple[LostStep, ...]) -> Restored:
         directory = self._folder.step_directory(manifest.step)
         check_identity(directory, manifest.identity, self._identity)
         saved = {name: LeafSpec.parse(leaf) for name, leaf in manifest.leaves.items()}
+        wanted = {name: spec_of(name, leaf) for name, leaf in name_leaves(template).items()}
         check_leaves(str(directory), saved, wanted)
 
         def load(leaves: dict[str, Any]) -> dict[str, Any]:

@@ -69,25 +69,25 @@ class TrainConfig:
 
     title: str = "tokjax run"  # heads the report
     seed: int = 0  # of initial parameters and of everything random in the step
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()  # what is trained
+    data: DataConfig = DataConfig()  # what it reads
     objective: Annotated[Any, Choice("objective")] = NextToken()  # of a run with one stage
     stages: tuple[StageConfig, ...] = ()  # several objectives in turn; instead of `objective`
     steps: int | None = None  # length of the run in steps of seq_len * batch_size data tokens
     tokens: int | None = None  # length of the run in data tokens, filling included
     epochs: float | None = None  # length of the run in passes over the training data
-    optimizer: Annotated[Any, Choice("optimizer")] = AdamW()
-    schedule: Annotated[Any, Choice("schedule")] = Cosine()
+    optimizer: Annotated[Any, Choice("optimizer")] = AdamW()  # how parameters are updated
+    schedule: Annotated[Any, Choice("schedule")] = Cosine()  # learning rate over a stage
     clip_norm: float | None = 1.0  # largest global norm of the gradient; None does not clip
     micro_batches: int = 1  # parts a batch is computed in, to save memory
     ema_decay: float | None = None  # decay of a moving average of the parameters, which is then
     # what is evaluated and sampled from
     on_nonfinite: Literal["stop", "skip"] = "stop"  # a NaN or infinite loss or gradient ends the
     # run, or its update is left out and counted
-    mesh: MeshConfig = MeshConfig()
-    evaluation: EvalConfig = EvalConfig()
-    samples: SampleConfig = SampleConfig()
-    checkpoints: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()  # how devices share the work
+    evaluation: EvalConfig = EvalConfig()  # when and how much is evaluated
+    samples: SampleConfig = SampleConfig()  # texts written during training
+    checkpoints: CheckpointConfig = CheckpointConfig()  # when saved and which kept
     log_every: int = 10  # steps between rows of metrics.csv
 
     def __post_init__(self):

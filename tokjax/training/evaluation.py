@@ -52,5 +52,3 @@ def unigram_entropies(run: Run) -> dict[str, float]:
 def parameters_in_use(state: Any) -> Any:
     """Returns what is evaluated and sampled from: the moving average where there is one."""
     return state.params if state.ema is None else state.ema
-
-

@@ -153,9 +153,7 @@ def banner_facts(
     }
 
 
-def run_facts(
-    run: Run, banner: dict[str, dict[str, str]], warnings: list[str]
-) -> dict[str, Any]:
+def run_facts(run: Run, banner: dict[str, dict[str, str]], warnings: list[str]) -> dict[str, Any]:
     """Returns the facts for `run.json`, which the report reads."""
     facts: dict[str, Any] = dict(banner)
     facts["data"] = {

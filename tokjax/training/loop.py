@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from tokjax.data.batch import Batch
 from tokjax.data.feed import prefetch, to_device
 from tokjax.decoding.text import generate_text
 from tokjax.errors import NonFiniteError
@@ -19,7 +23,7 @@ from tokjax.training.compiles import CompileWatch
 from tokjax.training.evaluation import evaluate, parameters_in_use
 from tokjax.training.files import write_atomically
 from tokjax.training.ledger import Ledger
-from tokjax.training.metrics import MetricWriter
+from tokjax.training.metrics import MetricWriter, read_metrics
 from tokjax.training.preemption import StopRequest, watch_for_stop
 from tokjax.training.progress import Progress, banner
 from tokjax.training.report import write_report
@@ -68,11 +72,12 @@ def train(run: Run, workdir: Path, *, started: float | None = None) -> Result:
         StorageError: the workdir cannot be written, or another run is using it.
     """
     workdir = Path(workdir).absolute()
+    peak = facts.peak_flops(run)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_workdir(workdir))
         stack.enter_context(jax.set_mesh(run.mesh))
         stop = stack.enter_context(watch_for_stop())
-        return _Training(run, workdir, stop, stack, started).run_to_end()
+        return _Training(run, workdir, stop, stack, started).run_to_end(peak)
 
 
 class _Training:
@@ -89,15 +94,11 @@ class _Training:
         self.run, self.workdir, self.stop, self.stack = run, workdir, stop, stack
         self.first = jax.process_index() == 0
         before = 0.0 if started is None else time.monotonic() - started
-        self.ledger = Ledger(
-            workdir / "ledger.json", elapsed_before=before, enabled=self.first
-        )
+        self.ledger = Ledger(workdir / "ledger.json", elapsed_before=before, enabled=self.first)
         self.exit_reason = "failed"
         stack.callback(lambda: self.ledger.close(self.exit_reason))
         self.checkpointer = stack.enter_context(
-            Checkpointer(
-                workdir / "checkpoints", run.config.checkpoints, identity=run.identity()
-            )
+            Checkpointer(workdir / "checkpoints", run.config.checkpoints, identity=run.identity())
         )
         self.compiles = stack.enter_context(CompileWatch())
         self.provenance = facts.provenance(run)
@@ -112,14 +113,15 @@ class _Training:
     def restore(self) -> tuple[TrainState, int]:
         """Returns the state to go on from, and the number of steps it has done."""
         run = self.run
-        latest = self.checkpointer.latest()
-        stage = run.stage_at(max((latest or 0) - 1, 0))
-        template = run.abstract_state(stage)
+
+        def template(step: int) -> TrainState:
+            return run.abstract_state(run.stage_at(max(step - 1, 0)))
+
         restored = self.checkpointer.restore(template)
         if restored is None:
-            shardings = jax.tree.map(lambda s: s.sharding, template)
-            state = jax.jit(lambda: run.init_state(stage), out_shardings=shardings)()
-            return state, 0
+            shardings = jax.tree.map(lambda s: s.sharding, template(0))
+            init = jax.jit(lambda: run.init_state(run.stages[0]), out_shardings=shardings)
+            return init(), 0
         for lost in restored.lost_steps:
             self.warnings.append(
                 f"checkpoint {lost.step} was damaged ({'; '.join(lost.reasons)}); the run "
@@ -129,14 +131,14 @@ class _Training:
 
     # ---------------------------------------------------------------- the run
 
-    def run_to_end(self) -> Result:
+    def run_to_end(self, peak: float | None) -> Result:
         """Trains, and closes everything whatever happens."""
         run, stack = self.run, self.stack
         with self.ledger.measure("start_up"):
             state, step = self.restore()
-            peak = facts.peak_flops(run)
         lost = self.ledger.resume_from(step)
         self.saved = step if step else -1
+        self.evaluated = (step, _evaluation_at(self.workdir, step))
         self.writer = stack.enter_context(
             MetricWriter(self.workdir, resume_step=step or None, enabled=self.first)
         )
@@ -155,6 +157,11 @@ class _Training:
         self.announce(state, step, compiled, peak, lost)
         stack.enter_context(self.progress)
         try:
+            if self.evaluation_due(step) and not self.evaluated[1]:
+                self.evaluated = (-1, {})
+                self.evaluate(
+                    state, step
+                )  # the run was stopped between this step and its evaluation
             while step < run.total_steps and not self.stop.signal:
                 if step == stage.end:
                     stage = run.stage_at(step)
@@ -183,16 +190,9 @@ class _Training:
                 self.progress.message(f"step {step}: stage {stage.name!r} begins")
             abstract = run.abstract_state(stage)
             shardings = jax.tree.map(lambda s: s.sharding, abstract)
-            batch = jax.eval_shape(lambda: self.batch(step))
-            batch = jax.tree.map(
-                lambda a, b: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=b.sharding),
-                batch,
-                self.batch(step),
-            )
+            batch = self.abstract_batch(step)
             compiled = (
-                jax.jit(
-                    run.train_step(stage), donate_argnums=0, out_shardings=(shardings, None)
-                )
+                jax.jit(run.train_step(stage), donate_argnums=0, out_shardings=(shardings, None))
                 .lower(abstract, batch)
                 .compile()
             )
@@ -204,6 +204,20 @@ class _Training:
         return to_device(
             lambda rows: run.loader.batch(step, rows), run.batch_sharding, run.loader.batch_size
         )
+
+    def abstract_batch(self, step: int) -> Batch:
+        """Returns shapes and shardings of the batch of a step."""
+        rows, tokens, segments = self.run.loader.shape(step)
+        by_token = self.run.batch_sharding
+        by_row = NamedSharding(by_token.mesh, P(*by_token.spec[:1]))
+
+        def array(columns: int, dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((rows, columns), dtype, sharding=sharding)
+
+        ints = array(tokens, jnp.int32, by_token)
+        floats = array(tokens, jnp.float32, by_token)
+        examples = array(segments, jnp.int32, by_row)
+        return Batch(ints, ints, ints, ints, floats, examples)  # type: ignore[arg-type]
 
     def run_stage(self, state, stage: Stage, compiled, step: int) -> tuple[TrainState, int]:
         """Trains to the end of a stage, or until asked to stop."""
@@ -229,14 +243,19 @@ class _Training:
 
     def after_step(self, state: TrainState, step: int, stopping: bool) -> None:
         """Evaluates, samples and saves when it is time to."""
-        config, last = self.run.config, step == self.run.total_steps
-        if not stopping and (last or step % config.evaluation.every_steps == 0):
+        last = step == self.run.total_steps
+        if not stopping and self.evaluation_due(step):
             self.evaluate(state, step)
-        every = config.samples.every_steps
+        every = self.run.config.samples.every_steps
         if not stopping and (last or (every is not None and step % every == 0)):
             self.sample(state, step)
         if stopping or last or self.checkpointer.due(step):
             self.save(state, step)
+
+    def evaluation_due(self, step: int) -> bool:
+        """Returns whether to evaluate after `step` steps."""
+        every = self.run.config.evaluation.every_steps
+        return step > 0 and (step == self.run.total_steps or step % every == 0)
 
     # ---------------------------------------------------------------- the parts
 
@@ -376,9 +395,6 @@ class _Training:
     def finish(self, state: TrainState, step: int) -> Result:
         """Evaluates and saves what is left, and writes the report."""
         finished = step == self.run.total_steps
-        if finished:
-            self.evaluate(state, step)
-            self.sample(state, step)
         if step:
             self.save(state, step)
         with self.ledger.measure("save"):
@@ -401,6 +417,20 @@ class _Training:
             seconds=self.ledger.summary()["seconds"],
             report=report,
         )
+
+
+def _evaluation_at(workdir: Path, step: int) -> dict[str, float]:
+    """Returns what was evaluated at a step by an earlier start, as metrics.csv tells it."""
+    if not (workdir / "metrics.csv").exists():
+        return {}
+    table = read_metrics(workdir)
+    rows = [i for i, s in enumerate(table["step"]) if s == step]
+    return {
+        name: values[i]
+        for name, values in table.items()
+        for i in rows
+        if name.startswith("eval/") and values[i] is not None
+    }
 
 
 def _data_warnings(run: Run) -> list[str]:

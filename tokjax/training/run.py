@@ -17,7 +17,7 @@ from tokjax.data.cache import cache_directory
 from tokjax.data.loader import EvalLoader, Loader, StageSlice
 from tokjax.data.prepare import ensure_store
 from tokjax.data.store import TokenStore
-from tokjax.data.tokenizers import Tokenizer, build_tokenizer
+from tokjax.data.tokenizers import Tokenizer, build_tokenizer, sequence_ends
 from tokjax.errors import ConfigError
 from tokjax.models.transformer import Transformer, with_vocabulary
 from tokjax.parallel.mesh import build_mesh
@@ -134,19 +134,27 @@ class Run:
         return tree
 
 
-def build_run(config: TrainConfig, *, show_progress: bool = True) -> Run:
+def build_run(
+    config: TrainConfig, *, devices: list | None = None, show_progress: bool = True
+) -> Run:
     """Returns the run; prepares tokenizer and token stores where that was not done before.
+
+    Args:
+        config: what to run.
+        devices: to run on; None takes all.
+        show_progress: whether preparing data shows its progress.
 
     Raises:
         ConfigError: parts that do not fit together.
         DataError: data that cannot be prepared.
     """
-    mesh = build_mesh(config.mesh)
+    mesh = build_mesh(config.mesh, devices)
     _check_mesh(config, mesh)
     data = config.data
     cache = Path(data.cache_dir) if data.cache_dir else cache_directory()
     tokenizer = build_tokenizer(data.tokenizer, cache)
     _check_vocabulary(config, tokenizer)
+    _check_prompts(config, tokenizer)
 
     def store(source: Any) -> TokenStore:
         return TokenStore.open(ensure_store(source, data, cache_dir=cache, progress=show_progress))
@@ -166,9 +174,7 @@ def build_run(config: TrainConfig, *, show_progress: bool = True) -> Run:
         )
         for name, eval_store in eval_stores.items()
     }
-    return Run(
-        config, tokenizer, stores, eval_stores, model, mesh, stages, loader, eval_loaders
-    )
+    return Run(config, tokenizer, stores, eval_stores, model, mesh, stages, loader, eval_loaders)
 
 
 def _check_mesh(config: TrainConfig, mesh: Mesh) -> None:
@@ -196,6 +202,19 @@ def _check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
             f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer.vocab_size} ids; "
             f"set it to at least that, or to None"
         )
+
+
+def _check_prompts(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    # Found now rather than by the first sample, hours later.
+    for prompt in config.samples.prompts:
+        before, _ = sequence_ends(config.data.tokenizer, tokenizer)
+        size = len(before) + len(tokenizer.encode(prompt))
+        if size + config.samples.max_new_tokens > config.model.max_positions:
+            raise ConfigError(
+                f"samples.prompts: {prompt!r} has {size} tokens; with samples.max_new_tokens="
+                f"{config.samples.max_new_tokens} that is more than model.max_positions="
+                f"{config.model.max_positions}"
+            )
 
 
 def _loader(config: TrainConfig, stores: tuple[TokenStore, ...], stages: Any) -> Loader:
@@ -251,5 +270,3 @@ def reset_for_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
     opt_state = state.opt_state if stage.keep_optimizer else run.optimizer.init(state.params)
     aux = stage.objective.init(key, run.model, state.params)
     return dataclasses.replace(state, opt_state=opt_state, aux=aux)
-
-

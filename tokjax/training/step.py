@@ -80,7 +80,7 @@ def make_train_step(
         inverse = jnp.where(
             loss.weight == 0, 0.0, 1.0 / jnp.where(loss.weight == 0, 1.0, loss.weight)
         )
-        norm = optax.global_norm(gradient) * jnp.abs(inverse)
+        norm = optax.tree.norm(gradient) * jnp.abs(inverse)
         mean = loss.total * inverse
         finite = jnp.isfinite(mean) & jnp.isfinite(norm)
         scale = inverse
