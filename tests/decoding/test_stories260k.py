@@ -87,32 +87,43 @@ def test_greedy_text_is_the_published_one(stories):
     assert sampled.rows() == [ids[1:]]
 
 
+def _score(model, params, ids):
+    """Statistics of each id given those before it, and of the first five behind each id."""
+
+    @jax.jit
+    def score(params, ids):
+        x, head = model.backbone(params, model.embed(params, ids)).x, model.unembedding(params)
+        want = ("nll", "logprob", "entropy")
+        return (
+            token_stats(x[:, :-1], head, ids[:, 1:], want=want),
+            token_stats(x, head, ids, want=("top_k",), k=5),
+        )
+
+    return score(params, ids)
+
+
 def test_nll_and_next_tokens_are_the_published_ones(stories):
     model, params, golden = stories
-    for case in golden["cases"]:
-        ids = np.array([case["ids"]])
-        x = model.backbone(params, model.embed(params, ids)).x
-        head = model.unembedding(params)
-        nll = token_stats(x[:, :-1], head, ids[:, 1:]).nll
-        np.testing.assert_allclose(nll[0], case["nll"], atol=2e-5)
-        stats = token_stats(x[:, -1:], head, ids[:, -1:], want=("top_k",), k=5)
-        assert stats.top_ids[0, 0].tolist() == case["last_top5_ids"]
-        np.testing.assert_allclose(stats.top_logprobs[0, 0], case["last_top5_logprobs"], atol=2e-5)
+    longest = max(len(case["ids"]) for case in golden["cases"])
+    # Causal, so that the filling has no effect on what comes before it.
+    ids = np.array([case["ids"] + [0] * (longest - len(case["ids"])) for case in golden["cases"]])
+    stats, behind = _score(model, params, ids)
+    for b, case in enumerate(golden["cases"]):
+        n = len(case["ids"])
+        np.testing.assert_allclose(stats.nll[b, : n - 1], case["nll"], atol=2e-5)
+        assert behind.top_ids[b, n - 1].tolist() == case["last_top5_ids"]
+        expected = case["last_top5_logprobs"]
+        np.testing.assert_allclose(behind.top_logprobs[b, n - 1], expected, atol=2e-5)
 
 
 def test_sampled_logprobs_are_those_of_scoring(stories):
     model, params, _ = stories
+    prompts = Prompts.of([[1]] * 3)
     generation = decode(
-        model,
-        params,
-        Prompts.of([[1]] * 3),
-        max_new_tokens=100,
-        sampler=categorical(),
-        seeds=[1, 2, 3],
+        model, params, prompts, max_new_tokens=100, sampler=categorical(), seeds=[1, 2, 3]
     )
     ids = np.concatenate([np.ones((3, 1), np.int32), np.asarray(generation.tokens)[:, :100]], 1)
-    x = model.backbone(params, model.embed(params, ids[:, :-1])).x
-    stats = token_stats(x, model.unembedding(params), ids[:, 1:], want=("logprob", "entropy"))
+    stats, _ = _score(model, params, ids)
     np.testing.assert_allclose(generation.logprobs[:, :100], stats.logprob, atol=1e-5)
     np.testing.assert_allclose(generation.sampling_logprobs[:, :100], stats.logprob, atol=1e-5)
     np.testing.assert_allclose(generation.entropies[:, :100], stats.entropy, atol=1e-5)

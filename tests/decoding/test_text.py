@@ -9,7 +9,7 @@ from tokjax.errors import ConfigError, DataError
 from tokjax.models import ModelConfig, Transformer
 
 MODEL = Transformer(
-    ModelConfig(257, d_model=32, n_layers=2, max_positions=64, tie_embeddings=False)
+    ModelConfig(257, d_model=32, n_layers=1, max_positions=64, tie_embeddings=False)
 )
 TOKENIZER = ByteTokenizer()
 
@@ -63,11 +63,12 @@ def test_texts_depend_on_the_seed_alone(params):
 
 
 def test_a_text_ends_before_its_stop_token(params):
+    prompts = ["q", "r"]
     free = generate_text(
-        MODEL, params, TOKENIZER, ["q"], max_new_tokens=12, temperature=0, stop_ids=()
+        MODEL, params, TOKENIZER, prompts, max_new_tokens=12, temperature=0, stop_ids=()
     )
-    row = decode(MODEL, params, Prompts.of([[256, 113]]), max_new_tokens=12).rows()[0]
-    assert free == [bytes(i for i in row if i < 256).decode("utf-8", "replace")]
+    row = decode(MODEL, params, Prompts.of([[256, 113], [256, 114]]), max_new_tokens=12).rows()[0]
+    assert free[0] == bytes(i for i in row if i < 256).decode("utf-8", "replace")
 
     class EndsWith(ByteTokenizer):
         """The byte tokenizer with the fourth greedy token as its EOS, which has no bytes."""
@@ -78,8 +79,8 @@ def test_a_text_ends_before_its_stop_token(params):
             self._token_bytes[row[3]] = b""
 
     assert row[3] not in row[:3]
-    ended = generate_text(MODEL, params, EndsWith(), ["q"], max_new_tokens=12, temperature=0)
-    assert ended == [bytes(i for i in row[:3] if i < 256).decode("utf-8", "replace")]
+    ended = generate_text(MODEL, params, EndsWith(), prompts, max_new_tokens=12, temperature=0)
+    assert ended[0] == bytes(i for i in row[:3] if i < 256).decode("utf-8", "replace")
 
 
 def test_no_prompts_give_no_texts(params):

@@ -202,7 +202,7 @@ def quieten_tensorflow() -> None:
     Call it before TensorFlow is imported for the first time.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _stderr_set_aside():
+    with _native_stderr_set_aside():
         import tensorflow as tf
 
         tf.config.set_visible_devices([], "GPU")
@@ -210,21 +210,31 @@ def quieten_tensorflow() -> None:
 
 
 @contextlib.contextmanager
-def _stderr_set_aside() -> Iterator[None]:
-    """Hides what C++ prints during the block, unless the block fails."""
+def _native_stderr_set_aside() -> Iterator[None]:
+    """Hides what C++ prints during the block, unless a bug ends it; Python still prints.
+
+    TensorFlow prints every error of a record twice, with traceback, before it reaches us.
+    """
     sys.stderr.flush()
-    kept = os.dup(2)
+    kept, python_stderr = os.dup(2), sys.stderr
     with tempfile.TemporaryFile() as aside:
+        if python_stderr is sys.__stderr__:
+            sys.stderr = open(os.dup(kept), "w", buffering=1, encoding="utf-8")  # noqa: SIM115
         os.dup2(aside.fileno(), 2)
-        failed = True
+        bug = True
         try:
             yield
-            failed = False
+            bug = False
+        except (TokjaxError, KeyboardInterrupt):
+            bug = False
+            raise
         finally:
-            sys.stderr.flush()
+            if sys.stderr is not python_stderr:
+                sys.stderr.close()
+                sys.stderr = python_stderr
             os.dup2(kept, 2)
             os.close(kept)
-            if failed:
+            if bug:
                 aside.seek(0)
                 os.write(2, aside.read())
 
@@ -256,6 +266,11 @@ def _run_worker(order: str) -> int:
 
 
 def _make(request: Request, encoder: Encoder, directory: Path, progress: bool) -> None:
+    with _native_stderr_set_aside():
+        _make_quietly(request, encoder, directory, progress)
+
+
+def _make_quietly(request: Request, encoder: Encoder, directory: Path, progress: bool) -> None:
     from tokjax.data.prepare_report import Reporter
 
     reporter = Reporter(_title(request.source), enabled=progress)

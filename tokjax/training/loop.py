@@ -438,7 +438,10 @@ def _data_warnings(run: Run) -> list[str]:
     stores = [(f"training source {i + 1}", s) for i, s in enumerate(run.stores)]
     stores += [(f"evaluation set {name!r}", s) for name, s in run.eval_stores.items()]
     for name, store in stores:
-        skipped = store.manifest.get("skipped", {}).get("count", 0)
+        skipped = store.manifest["counts"]["skipped"]
         if skipped:
-            warnings.append(f"{name}: {skipped} bad records were skipped; {store.directory}")
+            listed = store.directory / "skipped.jsonl"
+            warnings.append(
+                f"{name}: {skipped} bad records were skipped; they are listed in {listed}"
+            )
     return warnings

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from optax import contrib
 
 from tokjax.config import register
@@ -161,12 +161,12 @@ class Muon:
 class Schedule(Protocol):
     """A configuration that gives the learning rate's factor at a step of a stage."""
 
-    def factor(self, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
+    def factor(self, step: Float[Array, ""], steps: int) -> Float[Array, ""]:
         """Returns the factor, 1 at the peak, at `step` of a stage of `steps` steps."""
         ...
 
 
-def _warmup(step: jax.Array, steps: int) -> jax.Array:
+def _warmup(step: Float[Array, ""], steps: int) -> jax.Array:
     # Step 0 already learns: a rate of exactly zero would waste its batch.
     return jnp.minimum(1.0, (step + 1.0) / max(steps, 1))
 
@@ -186,7 +186,7 @@ class Constant:
     def __post_init__(self):
         _check_warmup(self)
 
-    def factor(self, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
+    def factor(self, step: Float[Array, ""], steps: int) -> Float[Array, ""]:
         """Returns the factor at a step."""
         return _warmup(step, self.warmup_steps)
 
@@ -203,7 +203,7 @@ class Cosine:
         _check_warmup(self)
         _check(self, final_factor=(0, 1.0000001))
 
-    def factor(self, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
+    def factor(self, step: Float[Array, ""], steps: int) -> Float[Array, ""]:
         """Returns the factor at a step."""
         progress = (step - self.warmup_steps) / max(steps - self.warmup_steps, 1)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
@@ -224,7 +224,7 @@ class WarmupStableDecay:
         _check_warmup(self)
         _check(self, decay_share=(0, 1.0000001), final_factor=(0, 1.0000001))
 
-    def factor(self, step: Int[Array, ""], steps: int) -> Float[Array, ""]:
+    def factor(self, step: Float[Array, ""], steps: int) -> Float[Array, ""]:
         """Returns the factor at a step."""
         decay_steps = max(round(self.decay_share * steps), 1)
         left = jnp.clip((steps - step) / decay_steps, 0.0, 1.0)

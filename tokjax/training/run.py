@@ -126,9 +126,7 @@ class Run:
         for key in ("remat", "unroll", "attention"):
             del tree["model"][key]
         # Data are known by their content, wherever they lie.
-        tree["data"]["train"] = [
-            f"{store.manifest.get('task', '')} {store.fingerprint[:16]}" for store in self.stores
-        ]
+        tree["data"]["train"] = [store.fingerprint[:16] for store in self.stores]
         tree["data"]["rates"] = [entry.rate for entry in self.config.data.train]
         tree["tokenizer"] = self.tokenizer.fingerprint[:16]
         return tree

@@ -86,12 +86,14 @@ def make_train_step(
         scale = inverse
         if config.clip_norm is not None:
             scale = scale * jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
-        in_stage = state.step - config.first_step
+        in_stage = (state.step - config.first_step).astype(jnp.float32)
         rate = config.peak_lr * config.schedule.factor(in_stage, config.stage_steps)
 
         def apply(state: TrainState) -> TrainState:
             scaled = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradient)
-            updates, opt_state = optimizer.update(scaled, state.opt_state, state.params)
+            # optax raises floats to integer counts, which strict promotion would refuse.
+            with jax.numpy_dtype_promotion("standard"):
+                updates, opt_state = optimizer.update(scaled, state.opt_state, state.params)
             updates = jax.tree.map(lambda u: (u * rate).astype(u.dtype), updates)
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
