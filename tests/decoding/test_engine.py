@@ -10,6 +10,7 @@ import scipy.special
 from tokjax.decoding import (
     ModelPredictor,
     Prompts,
+    StepOutput,
     categorical,
     chain,
     check_prompts,
@@ -208,9 +209,8 @@ class Scripted:
         return state + 1, self._say(state + 1)
 
     def _say(self, step):
-        from tokjax.decoding import StepOutput
-
-        return StepOutput(10 * jax.nn.one_hot(jnp.array(self.script)[:, step], self.vocab_size))
+        script = jnp.array(self.script)[:, step]
+        return StepOutput(10 * jax.nn.one_hot(script, self.vocab_size))
 
 
 def test_the_loop_ends_with_the_last_row_and_no_pass_follows_the_last_token():
@@ -225,6 +225,25 @@ def test_the_loop_ends_with_the_last_row_and_no_pass_follows_the_last_token():
     assert decode(predictor, {}, prompts, max_new_tokens=1).rows() == [[1], [1]]
     jax.effects_barrier()
     assert not PASSES
+
+
+def test_draws_at_different_steps_are_independent():
+    n = 2000
+    settings = chain(temperature(1e6))  # makes any script a uniform distribution over five tokens
+    tokens = decode(
+        Scripted(((0,) * 16,) * n),
+        {},
+        Prompts.of([[0]] * n),
+        max_new_tokens=16,
+        transform=settings,
+        sampler=categorical(),
+        seeds=np.arange(n),
+    ).tokens
+    pairs = np.asarray(tokens)[:, :-1] * 5 + np.asarray(tokens)[:, 1:]
+    counts = np.bincount(pairs.ravel(), minlength=25)
+    assert counts.sum() == 30_000
+    chi_square = ((counts - 1200) ** 2 / 1200).sum()
+    assert chi_square < 60  # about 24 when every pair of neighbours is equally likely
 
 
 def test_new_values_compile_nothing(params):
@@ -321,6 +340,8 @@ def test_too_long_a_text_is_refused_before_anything_is_compiled():
         ({"max_new_tokens": [1, 2, 3]}, ConfigError, "an integer or 1"),
         ({"sampler": categorical()}, ConfigError, "give seeds"),
         ({"sampler": categorical(), "seeds": [1, 2]}, ConfigError, "1 integers"),
+        ({"seeds": [2**32]}, ConfigError, "0 to 4294967295, not 4294967296"),
+        ({"seeds": [-1]}, ConfigError, "not -1"),
         ({"seeds": [1], "key": 0}, ConfigError, "not both"),
     ],
 )

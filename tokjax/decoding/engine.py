@@ -88,13 +88,15 @@ def decode(
 
     Args:
         model: a `Transformer`, or any `Predictor`.
-        params: the model's parameters; stacked ones are unstacked in every call.
+        params: the model's parameters; stacked ones are unstacked in every call, which takes
+            their memory a second time while it lasts.
         prompts: what to continue.
         max_new_tokens: one number, or one for each row.
         transform: of the logits, for example `chain(temperature(0.8), top_p(0.95))`; default none.
         sampler: default greedy.
         stop: what ends a row besides `max_new_tokens`; default nothing.
-        seeds: one integer for each row; equal seed, prompt and settings give equal text.
+        seeds: one integer for each row, 0 to 2^32 - 1; equal seed, prompt and settings give
+            equal text.
         key: a random key from which each row's own is derived, instead of seeds.
 
     Raises:
@@ -181,6 +183,8 @@ def _row_keys(batch: int, seeds: Any, key: Any, needed: bool) -> Any:
     seeds = np.asarray(seeds)
     if seeds.shape != (batch,) or not np.issubdtype(seeds.dtype, np.integer):
         raise ConfigError(f"seeds must be {batch} integers, one for each prompt, not {seeds!r}")
+    if seeds.min() < 0 or seeds.max() >= 2**32:
+        raise ConfigError(f"seeds must be 0 to {2**32 - 1}, not {seeds.min()} to {seeds.max()}")
     return _keys_from_seeds(seeds.astype(np.uint32))
 
 

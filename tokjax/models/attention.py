@@ -11,12 +11,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from tokjax.errors import ConfigError
 from tokjax.parallel.rules import BATCH_AXES, current_mesh_shape
 
+SAVED = "attention"  # name of what a rematerialised block keeps of attention
 _EXCLUDED = -1e30  # finite, so that a row without any key gives numbers, not NaN
 
 
@@ -40,16 +42,24 @@ def dense_attention(
     mask: Bool[Array, "B 1 T S"],
     bias: Float[Array, "B H T S"] | None = None,
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B H T S"]]:
-    """Returns the attention output and the probabilities, both computed in float32."""
+    """Returns the attention output and the probabilities, the scores computed in float32.
+
+    A bias of -inf (or below -1e30) excludes a key like the mask does; a query left without any key
+    gets zeros.
+    """
     B, T, H, d = q.shape
     K = k.shape[2]
     q = q.reshape(B, T, K, H // K, d)
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(B, H, T, -1) * d**-0.5
     if bias is not None:
-        scores = scores + jnp.maximum(bias.astype(jnp.float32), _EXCLUDED)
-    scores = jnp.where(mask, scores, _EXCLUDED)
-    probabilities = jax.nn.softmax(scores, axis=-1)
+        bias = bias.astype(jnp.float32)
+        mask = mask & (bias > _EXCLUDED)
+        scores = scores + jnp.where(mask, bias, 0.0)
+    probabilities = jax.nn.softmax(jnp.where(mask, scores, _EXCLUDED), axis=-1)
+    if bias is not None:
+        # Without a key to see the softmax is uniform, over the future and other segments too.
+        probabilities = jnp.where(mask, probabilities, 0.0)
     grouped = probabilities.reshape(B, K, H // K, T, -1).astype(v.dtype)
     out = jnp.einsum("bkgts,bskd->btkgd", grouped, v)
     return out.reshape(B, T, H, d), probabilities
@@ -70,6 +80,7 @@ def choose_kernel(requested: str, *, plain: bool, dtype, length: int) -> str:
     platform = jax.default_backend()
     if requested == "cudnn" and platform != "gpu":
         raise ConfigError(f"model.attention='cudnn' needs an NVIDIA GPU, this is {platform}")
+    # Only `dense` does everything; the others also need whole rows on each device.
     if not plain or current_mesh_shape().get("sequence", 1) > 1:
         return "dense"
     if requested != "auto":
@@ -166,16 +177,23 @@ def _row_forward(q, k, v, segments):
         largest = scores.max(-1, keepdims=True)
         exponentials = jnp.exp(scores - largest)
         total = exponentials.sum(-1, keepdims=True)
-        out = jnp.einsum("kgts,ksd->kgtd", exponentials.astype(v.dtype), v[:, seen])
-        outs.append(out / total.astype(v.dtype))
+        out = jnp.einsum(
+            "kgts,ksd->kgtd",
+            exponentials.astype(v.dtype),
+            v[:, seen],
+            preferred_element_type=jnp.float32,
+        )
+        outs.append((out / total).astype(v.dtype))
         logsumexps.append(largest + jnp.log(total))
-    out = jnp.concatenate(outs, axis=2)
-    return out, (q, k, v, segments, out, jnp.concatenate(logsumexps, axis=2))
+    # Named so that rematerialisation can keep them: with q, k and v all the backward pass needs.
+    out = checkpoint_name(jnp.concatenate(outs, axis=2), SAVED)
+    logsumexp = checkpoint_name(jnp.concatenate(logsumexps, axis=2), SAVED)
+    return out, (q, k, v, segments, out, logsumexp)
 
 
 def _row_backward(residuals, d_out):
     q, k, v, segments, out, logsumexp = residuals
-    inner = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True)
+    inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for rows in _blocks(q.shape[2]):
         seen = slice(0, rows.stop)

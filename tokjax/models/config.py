@@ -1,9 +1,10 @@
 """The configuration of a decoder-only language model."""
 
+import typing
 from dataclasses import dataclass
 from typing import Literal
 
-from tokjax.errors import ConfigError
+from tokjax.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class ModelConfig:
     init_scale: float = 0.02  # standard deviation of embeddings; matrices use 1/sqrt(fan in)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matmuls
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of parameters and their gradients
-    remat: Literal["none", "block", "dots"] = "none"  # recomputed backward: nothing; a block's
-    # inside; all but the results of its matrix products
+    remat: Literal["none", "elementwise", "block"] = "elementwise"  # computed again in the backward
+    # pass instead of kept: nothing; all but matrix products and attention; a whole block
     unroll: int = 1  # blocks per iteration of the training scan
     attention: Literal["auto", "dense", "blockwise", "cudnn"] = "auto"  # kernel; auto chooses by
     # platform and by what is asked of it
@@ -39,6 +40,15 @@ class ModelConfig:
         for name in ("vocab_size", "n_kv_heads", "head_dim", "d_ff"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("activation", "dtype", "param_dtype", "remat", "attention"):
+            value, choices = getattr(self, name), typing.get_args(type(self).__annotations__[name])
+            if value not in choices:
+                raise ConfigError(f"unknown {name}={value!r}.{nearest(str(value), choices)}")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ConfigError(
+                f"attention='cudnn' computes in bfloat16 only, not in dtype={self.dtype!r}: set "
+                f"dtype='bfloat16' or attention='auto'"
+            )
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ConfigError(
                 f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; "
@@ -59,6 +69,8 @@ class ModelConfig:
             raise ConfigError(
                 f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive"
             )
+        if not self.init_scale >= 0:
+            raise ConfigError(f"init_scale={self.init_scale} must not be negative")
 
     @property
     def kv_heads(self) -> int:

@@ -37,18 +37,45 @@ def rotate(x: Float[Array, "B T H d"], tables) -> Float[Array, "B T H d"]:
     return turned.astype(x.dtype)
 
 
+@jax.custom_vjp
+def matmul(x: Float[Array, "B T N"], w: Float[Array, "N M"]) -> Float[Array, "B T M"]:
+    """Returns x @ w, with a gradient that no compiler has to transpose.
+
+    JAX's own rule computes the weight's gradient the other way round and turns it afterwards;
+    XLA's CPU backend then writes both large operands transposed, which costs a third of the time
+    of a feed-forward's backward pass. (Reverse mode only, like the attention kernel.)
+    """
+    return x @ w
+
+
+def _matmul_forward(x, w):
+    return x @ w, (x, w)
+
+
+def _matmul_backward(saved, d_y):
+    x, w = saved
+    return jnp.einsum("btm,nm->btn", d_y, w), jnp.einsum("btn,btm->nm", x, d_y)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class _Part(nn.Module):
-    """A module whose parameters are one part of the block's table, cast to the compute dtype."""
+    """A module whose parameters are one part of the block's table.
+
+    All but the norm's scale, which is applied in float32, are cast to the compute dtype.
+    """
 
     config: ModelConfig
 
     def weights(self, part: str) -> dict[str, jax.Array]:
         dtype = jnp.dtype(self.config.dtype)
         param_dtype = jnp.dtype(self.config.param_dtype)
-        return {
-            name: self.param(name, lambda key, p=p: p.initialise(key, param_dtype)).astype(dtype)
+        found = {
+            name: self.param(name, lambda key, p=p: p.initialise(key, param_dtype))
             for name, p in block_table(self.config)[part].items()
         }
+        return {name: w if name == "norm" else w.astype(dtype) for name, w in found.items()}
 
 
 class Attention(_Part):
@@ -71,7 +98,7 @@ class Attention(_Part):
         h = rms_norm(x, w["norm"], config.norm_eps)
 
         def project(name: str, heads: int) -> jax.Array:
-            y = h @ w[name]
+            y = matmul(h, w[name])
             if config.attention_bias:
                 y = y + w[f"{name}_bias"]
             return y.reshape(B, T, heads, config.head_width)
@@ -101,10 +128,7 @@ class Attention(_Part):
             )
             if "attn_probs" in want:
                 captured["attn_probs"] = probabilities
-        out = out.reshape(B, T, -1) @ w["out"]
-        if "attn_out" in want:
-            captured["attn_out"] = out
-        return out, buffers, captured
+        return out.reshape(B, T, -1) @ w["out"], buffers, captured
 
 
 class FeedForward(_Part):
@@ -116,4 +140,4 @@ class FeedForward(_Part):
         w = self.weights("mlp")
         h = rms_norm(x, w["norm"], self.config.norm_eps)
         gate = jax.nn.silu if self.config.activation == "silu" else jax.nn.gelu
-        return (gate(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
+        return matmul(gate(matmul(h, w["gate"])) * matmul(h, w["up"]), w["down"])

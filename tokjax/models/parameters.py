@@ -4,6 +4,7 @@ Initialisation, sharding, restoring and conversion all read this table, so they 
 Parameters are a nested dict; the blocks' parameters are stacked along a leading layer axis.
 """
 
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,15 +108,13 @@ def map_table(config: ModelConfig, visit: Callable[[str, Parameter, bool], Any])
 
 def init_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Returns initial parameters. Each one's values depend on the key and its own path only."""
-    paths: list[str] = []
-    map_table(config, lambda path, parameter, stacked: paths.append(path))
-    keys = dict(zip(paths, jax.random.split(key, len(paths)), strict=True))
     dtype = jnp.dtype(config.param_dtype)
 
     def build(path: str, parameter: Parameter, stacked: bool) -> jax.Array:
+        own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         if not stacked:
-            return parameter.initialise(keys[path], dtype)
-        layer_keys = jax.random.split(keys[path], config.n_layers)
+            return parameter.initialise(own_key, dtype)
+        layer_keys = jax.random.split(own_key, config.n_layers)
         return jax.vmap(lambda k: parameter.initialise(k, dtype))(layer_keys)
 
     return map_table(config, build)

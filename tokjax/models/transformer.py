@@ -12,8 +12,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from tokjax.errors import nearest
+from tokjax.models import attention, parameters
 from tokjax.models import cache as kv
-from tokjax.models import parameters
 from tokjax.models.cache import Cache
 from tokjax.models.config import ModelConfig
 from tokjax.models.edits import Edits
@@ -27,9 +27,9 @@ SITES = (
     "k",  # [B T K d] keys of this pass, turned by their positions
     "v",  # [B T K d] values of this pass
     "attn_probs",  # [B H T S] attention probabilities
-    "attn_out",  # [B T D] what attention adds
+    "attn_out",  # [B T D] what attention adds, layer gate included
     "resid_mid",  # [B T D] between attention and feed-forward
-    "mlp_out",  # [B T D] what the feed-forward adds
+    "mlp_out",  # [B T D] what the feed-forward adds, layer gate included
     "resid_post",  # [B T D] the residual stream behind a block, edits included
 )
 _ACTIVATION = ("batch", "tokens", None)
@@ -65,11 +65,12 @@ class Block(nn.Module):
         gate = None
         if edits.layer_gate is not None:
             gate = edits.layer_gate[..., None].astype(x.dtype)
-        x = x + (attended if gate is None else attended * gate)
+        captured["attn_out"] = attended if gate is None else attended * gate
+        x = x + captured["attn_out"]
         captured["resid_mid"] = x
         out = FeedForward(self.config, name="mlp")(x)
-        captured["mlp_out"] = out
-        x = x + (out if gate is None else out * gate)
+        captured["mlp_out"] = out if gate is None else out * gate
+        x = x + captured["mlp_out"]
         if edits.residual_add is not None:
             x = x + edits.residual_add.astype(x.dtype)
         if edits.write is not None and edits.write_mask is not None:
@@ -96,8 +97,9 @@ class Transformer:
 
     def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Returns the embeddings of tokens, in the compute dtype."""
-        table = params["embedding"].astype(jnp.dtype(self.config.dtype))
-        return constrain(jnp.take(table, tokens, axis=0), _ACTIVATION)
+        # Cast behind the look-up: the backward pass then adds up a token's gradients in float32.
+        x = jnp.take(params["embedding"], tokens, axis=0)
+        return constrain(x.astype(jnp.dtype(self.config.dtype)), _ACTIVATION)
 
     def unembedding(self, params: Params) -> Float[Array, "V D"]:
         """Returns the output head as a table of one row per token id, in the compute dtype."""
@@ -134,7 +136,8 @@ class Transformer:
                 applied inside the layer loop (so that [L, B, H, T, T] never has to exist).
 
         Raises:
-            ValueError: an unknown site; a cache with segments or with stacked parameters.
+            ValueError: an unknown site; a cache with segments, with stacked parameters or with
+                fewer slots than tokens; edits of another number of layers.
         """
         reduce = dict(capture) if isinstance(capture, Mapping) else dict.fromkeys(capture)
         for site in reduce:
@@ -143,9 +146,12 @@ class Transformer:
         if cache is not None and segments is not None:
             raise ValueError("a cached pass holds one sequence a row: give no segments")
         layers, edits = params["layers"], edits or Edits()
+        edits.check(self.config.n_layers)
+        B, T, _ = x.shape
         if cache is not None and not isinstance(layers, tuple):
             raise ValueError("a cached pass needs unstacked parameters: parameters.unstack(params)")
-        B, T, _ = x.shape
+        if cache is not None and cache.capacity < T:
+            raise ValueError(f"{T} tokens do not fit a cache of {cache.capacity} slots: grow it")
         if positions is None:
             start = jnp.zeros((B, 1), jnp.int32) if cache is None else cache.lengths[:, None]
             positions = start + jnp.arange(T)
@@ -171,9 +177,13 @@ class Transformer:
 
         if self.config.remat == "block":
             return jax.checkpoint(apply)
-        if self.config.remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            return jax.checkpoint(apply, policy=policy)
+        if self.config.remat == "elementwise":
+            policies = jax.checkpoint_policies
+            keep = policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable,
+                policies.save_only_these_names(attention.SAVED),
+            )
+            return jax.checkpoint(apply, policy=keep)
         return apply
 
     def __call__(

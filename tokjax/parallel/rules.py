@@ -50,14 +50,17 @@ def partition_spec(axes: Sequence[str | None], rules: Rules = RULES) -> P:
 
 
 def fit_spec(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
-    """Returns the spec without mesh axes that do not divide their dimension (replicated there)."""
+    """Returns the spec without the entries whose mesh axes together do not divide their dimension.
+
+    An array is replicated along such a dimension.
+    """
     entries = []
     for size, entry in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)), strict=True):
         names = (entry,) if isinstance(entry, str) else entry or ()
         shards = 1
         for name in names:
             shards *= mesh.shape[name]
-        entries.append(entry if shards and size % shards == 0 else None)
+        entries.append(entry if size % shards == 0 else None)
     return P(*entries)
 
 

@@ -5,6 +5,7 @@ section 2. A run trains on patches first and on tokens afterwards (two stages of
 configuration); the parameters carry over, the optimiser and its schedule start afresh.
 """
 
+import typing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from tokjax.config import register
 from tokjax.data.batch import Batch
-from tokjax.errors import ConfigError
+from tokjax.errors import ConfigError, nearest
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
 from tokjax.signals import weighted_nll
@@ -41,8 +42,12 @@ def patch_embeddings(
 
     The mean is taken in float32. Where a patch holds no token at all it is zero. Averaging over
     real tokens only is a recommendation of tokjax; the paper has no filling.
+
+    Raises:
+        ConfigError: k does not divide N.
     """
     B, N, D = x.shape
+    _check_length(N, k)
     grouped = x.reshape(B, N // k, k, D).astype(jnp.float32)
     weights = mask.reshape(B, N // k, k, 1).astype(jnp.float32)
     mean = (grouped * weights).sum(2) / jnp.maximum(weights.sum(2), 1.0)
@@ -54,8 +59,13 @@ def next_patch_targets(batch: Batch, k: int) -> tuple[Int[Array, "B T K"], Float
 
     Token j of the patch after patch i stands in the batch as the target of position
     i k + (k - 1) + j. Targets of another document, or behind the row's end, weigh nothing.
+    Every document of a row must start at a multiple of k.
+
+    Raises:
+        ConfigError: k does not divide the row length N.
     """
     B, N = batch.tokens.shape
+    _check_length(N, k)
     patches = N // k
 
     def shifted(a: jax.Array) -> jax.Array:
@@ -68,6 +78,39 @@ def next_patch_targets(batch: Batch, k: int) -> tuple[Int[Array, "B T K"], Float
     return shifted(batch.targets), weights
 
 
+def _check_length(tokens: int, k: int) -> None:
+    if tokens % k:
+        raise ConfigError(
+            f"rows of {tokens} tokens are not whole patches of k={k}: make the row length a "
+            f"multiple of {k}"
+        )
+
+
+def _offset_means(weights: Float[Array, "B T K"]) -> Float[Array, "B T K"]:
+    """Returns the weights, scaled so that the sum over them is a mean of the offsets' means.
+
+    Their total stays as it was, so dividing by it gives that mean. Signed weights may sum to a
+    negative number; an offset whose weights sum to 0 has no mean and is left out.
+    """
+    by_offset = weights.sum((0, 1))
+    present = by_offset != 0
+    share = weights.sum() / jnp.maximum(present.sum(), 1).astype(weights.dtype)
+    return weights * jnp.where(present, share / jnp.where(present, by_offset, 1.0), 0.0)
+
+
+def _of_another_row(batch: Batch, k: int, targets: jax.Array, weights: jax.Array):
+    """Returns targets and weights of the row above, for the patches that hold tokens."""
+    if targets.shape[0] < 2:
+        raise ConfigError(
+            "targets='shuffled' takes the targets of another row, but a micro-batch holds one "
+            "row only: raise batch_size or lower micro_batches"
+        )
+    # Weights move along, so that filling of the other row never becomes a target.
+    weights = jnp.roll(weights, 1, axis=0)
+    real = batch.segment_ids[:, ::k, None] > 0
+    return jnp.roll(targets, 1, axis=0), jnp.where(real, weights, 0.0)
+
+
 @register("objective", "patch")
 @dataclass(frozen=True)
 class Patch:
@@ -77,7 +120,7 @@ class Patch:
     z_loss: float = 0.0  # coefficient of the squared log-sum-exp of the logits
     average: Literal["token", "offset"] = "token"  # mean over all targets (the paper's formula),
     # or the mean over offsets of each offset's mean (the authors' code); they differ only where
-    # offsets have unequally many targets
+    # offsets have unequally many targets, and then 'offset' depends on the micro-batches
     targets: Literal["patch", "token", "shuffled"] = "patch"  # what a patch predicts; the other
     # two are controls: only the next patch's first token; the patches of another row
 
@@ -86,6 +129,10 @@ class Patch:
             raise ConfigError(f"k={self.k} must be at least 1")
         if self.z_loss < 0:
             raise ConfigError(f"z_loss={self.z_loss} must not be negative")
+        for name in ("average", "targets"):
+            value, choices = getattr(self, name), typing.get_args(type(self).__annotations__[name])
+            if value not in choices:
+                raise ConfigError(f"unknown {name}={value!r}.{nearest(str(value), choices)}")
 
     @property
     def tokens_per_position(self) -> int:
@@ -99,7 +146,20 @@ class Patch:
     def loss(
         self, model: Transformer, params: Params, aux: Aux, batch: Batch, key: jax.Array
     ) -> Loss:
-        """Returns the weighted sum over the targets of every patch, and their weight."""
+        """Returns the weighted sum over the targets of every patch, and their weight.
+
+        Raises:
+            ConfigError: rows that are no whole number of patches; `targets="shuffled"` with
+                micro-batches of one row, which would shuffle nothing.
+        """
+        rows, tokens = batch.tokens.shape
+        if tokens % self.k:
+            raise ConfigError(f"rows of {tokens} tokens are no whole number of patches of {self.k}")
+        if self.targets == "shuffled" and rows < 2:
+            raise ConfigError(
+                "targets='shuffled' takes another row's patches: use micro-batches "
+                "of at least two rows"
+            )
         real = (batch.segment_ids > 0).astype(jnp.float32)
         x = patch_embeddings(model.embed(params, batch.tokens), real, self.k)
         out = model.backbone(
@@ -112,15 +172,12 @@ class Patch:
         if self.targets == "token":
             weights = weights.at[:, :, 1:].set(0.0)
         elif self.targets == "shuffled":
-            targets = jnp.roll(targets, 1, axis=0)
+            targets, weights = _of_another_row(batch, self.k, targets, weights)
         weight = weights.sum()
         if self.average == "offset":
-            # Scaled so that total / weight is the mean of the offsets' means.
-            by_offset = weights.sum((0, 1))
-            present = (by_offset > 0).sum()
-            weights = weights * weight / jnp.maximum(by_offset * present, 1e-30)
+            weights = _offset_means(weights)
         total, nll = weighted_nll(out.x, model.unembedding(params), targets, weights, self.z_loss)
         metrics = {"nll": ((nll * weights).sum(), weight)}
-        for j in range(self.k):
+        for j in range(1 if self.targets == "token" else self.k):
             metrics[f"nll_offset_{j}"] = ((nll * weights)[..., j].sum(), weights[..., j].sum())
         return Loss(total, weight, metrics, aux)

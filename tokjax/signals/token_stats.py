@@ -56,8 +56,10 @@ def token_stats(
         k: how many tokens `top_k` returns.
 
     Raises:
-        ValueError: an unknown statistic.
+        ValueError: an unknown statistic; targets of another shape than x.
     """
+    if targets.shape != x.shape[:-1]:
+        raise ValueError(f"targets {targets.shape} must be [B, T] for x {x.shape}")
     for name in want:
         if name not in WANTED:
             raise ValueError(f"unknown token statistic {name!r}.{nearest(name, WANTED)}")
@@ -65,8 +67,12 @@ def token_stats(
     def local(x, table, targets):
         flat = (x.reshape(-1, x.shape[-1]), targets.reshape(-1))
         chunks, n = in_chunks(flat, chunk_size(table.shape[0], flat[0].shape[0]))
+        # In float32 outside the loop, so that the chunks' gradients add up in float32.
+        wide = table.astype(jnp.float32)
         # Rematerialised: the backward pass recomputes a chunk's logits rather than keep them all.
-        score = jax.checkpoint(lambda x, targets: _score(x, table, targets, want, k))
+        score = jax.checkpoint(
+            lambda x, targets: _score(x, wide.astype(table.dtype), targets, want, k)
+        )
         _, found = jax.lax.scan(lambda _, c: (None, score(*c)), None, chunks)
         shape = targets.shape
         return jax.tree.map(

@@ -94,7 +94,7 @@ def _backward(z_loss, saved, cotangents):
     (d_x, d_table, d_weights), shape = saved
     scale = cotangents[0][0]
     no_gradient = np.zeros(shape, jax.dtypes.float0)  # of the integer targets
-    by = lambda a: (a * scale).astype(a.dtype)  # noqa: E731
+    by = lambda a: (a.astype(jnp.float32) * scale).astype(a.dtype)  # noqa: E731
     return by(d_x), by(d_table), no_gradient, by(d_weights)
 
 

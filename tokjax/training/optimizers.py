@@ -59,7 +59,14 @@ class AdamW:
     decay_embeddings: bool = True  # weight decay on embeddings and output head too
 
     def __post_init__(self):
-        _check(self, peak_lr=(0, _INFINITE), b1=(0, 1), b2=(0, 1), weight_decay=(0, _INFINITE))
+        _check(
+            self,
+            peak_lr=(0, _INFINITE),
+            b1=(0, 1),
+            b2=(0, 1),
+            eps=(0, _INFINITE),
+            weight_decay=(0, _INFINITE),
+        )
 
     def build(self, config: ModelConfig) -> optax.GradientTransformation:
         """Returns the transformation at learning rate 1."""
@@ -101,7 +108,13 @@ class Adafactor:
     decay_embeddings: bool = True  # weight decay on embeddings and output head too
 
     def __post_init__(self):
-        _check(self, peak_lr=(0, _INFINITE), decay_rate=(0, 1), weight_decay=(0, _INFINITE))
+        _check(
+            self,
+            peak_lr=(0, _INFINITE),
+            decay_rate=(0, 1),
+            clipping_threshold=(1e-6, _INFINITE),
+            weight_decay=(0, _INFINITE),
+        )
 
     def build(self, config: ModelConfig) -> optax.GradientTransformation:
         """Returns the transformation at learning rate 1."""
@@ -126,7 +139,7 @@ class Muon:
     adam_lr_ratio: float = 0.1  # AdamW's learning rate over Muon's
     adam_b1: float = 0.9  # decay of AdamW's first moment
     adam_b2: float = 0.95  # decay of AdamW's second moment
-    adam_weight_decay: float = 0.0  # of everything else, times the learning rate, each step
+    adam_weight_decay: float = 0.0  # of embeddings and output head, times AdamW's learning rate
 
     def __post_init__(self):
         _check(
@@ -134,8 +147,11 @@ class Muon:
             peak_lr=(0, _INFINITE),
             beta=(0, 1),
             ns_steps=(1, 100),
+            weight_decay=(0, _INFINITE),
+            adam_lr_ratio=(0, _INFINITE),
             adam_b1=(0, 1),
             adam_b2=(0, 1),
+            adam_weight_decay=(0, _INFINITE),
         )
 
     def build(self, config: ModelConfig) -> optax.GradientTransformation:
@@ -145,17 +161,24 @@ class Muon:
         numbers = parameters.map_table(
             config, lambda path, p, stacked: matrix if stacked and len(p.shape) == 2 else None
         )
-        return contrib.muon(
+        muon = contrib.muon(
             1.0,
             beta=self.beta,
             ns_steps=self.ns_steps,
             weight_decay=self.weight_decay,
             adam_b1=self.adam_b1,
             adam_b2=self.adam_b2,
-            adam_weight_decay=self.adam_weight_decay,
             adam_learning_rate=self.adam_lr_ratio,
             muon_weight_dimension_numbers=numbers,
         )
+        if not self.adam_weight_decay:
+            return muon
+        # Not Muon's own option, which would decay norms and biases too.
+        tables = parameters.map_table(
+            config, lambda path, p, stacked: len(p.shape) > 1 and not stacked
+        )
+        rate = -self.adam_lr_ratio * self.adam_weight_decay
+        return optax.chain(muon, optax.add_decayed_weights(rate, mask=tables))
 
 
 class Schedule(Protocol):

@@ -25,7 +25,8 @@ class TrainState:
         params: the model's parameters.
         opt_state: the optimiser's state.
         aux: the objective's own state.
-        ema: exponential moving average of the parameters, or None.
+        ema: exponential moving average of the parameters, in float32 whatever their type (a
+            narrower one would round its small changes away), or None.
         key: random key of the run; step n uses `fold_in(key, n)`.
     """
 
@@ -52,7 +53,7 @@ def init_state(
         params=params,
         opt_state=optimizer.init(params),
         aux=objective.init(aux_key, model, params),
-        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        ema=jax.tree.map(lambda p: jnp.copy(p.astype(jnp.float32)), params) if ema else None,
         key=run_key,
     )
 

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from tokjax.data.batch import Batch
+from tokjax.errors import ConfigError
 from tokjax.models.transformer import Transformer
 from tokjax.training.objective import Loss, Objective
 from tokjax.training.optimizers import Schedule
@@ -40,7 +41,8 @@ def make_train_step(
     """Returns the pure function (state, batch) -> (state, metrics).
 
     An update whose loss or gradient is not finite is left out: parameters and optimiser stay as
-    they were, the step still counts and `finite` is 0.
+    they were, the step still counts and `finite` is 0. So is that of a batch without any weight,
+    which would only decay the parameters; it counts as finite.
     """
 
     def micro_step(params, aux, batch: Batch, key) -> tuple[Loss, dict]:
@@ -49,12 +51,18 @@ def make_train_step(
             return loss.total.astype(jnp.float32), loss
 
         (_, loss), gradient = jax.value_and_grad(total, has_aux=True)(params)
-        return loss, gradient
+        # Sums over micro-batches and the norm are float32 also where the parameters are not.
+        return loss, jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
 
     def accumulate(params, aux, batch: Batch, key):
         k = config.micro_batches
         if k == 1:
             return micro_step(params, aux, batch, key)
+        if batch.tokens.shape[0] % k:
+            raise ConfigError(
+                f"a batch of {batch.tokens.shape[0]} rows does not split into "
+                f"micro_batches={k} equal parts"
+            )
         # Row i goes to micro-batch i mod k, so each keeps its share of every device's rows.
         split = jax.tree.map(lambda a: a.reshape(-1, k, *a.shape[1:]).swapaxes(0, 1), batch)
         keys = jax.random.split(key, k)
@@ -77,9 +85,8 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         loss, gradient = accumulate(state.params, state.aux, batch, key)
         # Signed weights may sum to a negative number; only an empty batch has nothing to divide.
-        inverse = jnp.where(
-            loss.weight == 0, 0.0, 1.0 / jnp.where(loss.weight == 0, 1.0, loss.weight)
-        )
+        empty = loss.weight == 0
+        inverse = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, loss.weight))
         norm = optax.tree.norm(gradient) * jnp.abs(inverse)
         mean = loss.total * inverse
         finite = jnp.isfinite(mean) & jnp.isfinite(norm)
@@ -90,18 +97,23 @@ def make_train_step(
         rate = config.peak_lr * config.schedule.factor(in_stage, config.stage_steps)
 
         def apply(state: TrainState) -> TrainState:
-            scaled = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradient)
+            scaled = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), gradient, state.params)
             # optax raises floats to integer counts, which strict promotion would refuse.
             with jax.numpy_dtype_promotion("standard"):
                 updates, opt_state = optimizer.update(scaled, state.opt_state, state.params)
-            updates = jax.tree.map(lambda u: (u * rate).astype(u.dtype), updates)
+            updates = jax.tree.map(
+                lambda u: (u.astype(jnp.float32) * rate).astype(u.dtype), updates
+            )
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
             if config.ema_decay is not None:
-                ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
-            return state.replace(params=params, opt_state=opt_state, ema=ema, aux=loss.aux)
+                wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+                ema = optax.incremental_update(wide, ema, 1 - config.ema_decay)
+            return state.replace(  # type: ignore[attr-defined]
+                params=params, opt_state=opt_state, ema=ema, aux=loss.aux
+            )
 
-        state = jax.lax.cond(finite, apply, lambda state: state, state)
+        state = jax.lax.cond(finite & ~empty, apply, lambda state: state, state)
         metrics = {
             name: total / jnp.where(w == 0, 1.0, w) for name, (total, w) in loss.metrics.items()
         }
@@ -112,7 +124,7 @@ def make_train_step(
             "target_weight": loss.weight,
             "finite": finite.astype(jnp.float32),
         }
-        return state.replace(step=state.step + 1), metrics
+        return state.replace(step=state.step + 1), metrics  # type: ignore[attr-defined]
 
     return train_step
 
