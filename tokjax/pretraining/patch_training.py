@@ -152,14 +152,6 @@ class Patch:
             ConfigError: rows that are no whole number of patches; `targets="shuffled"` with
                 micro-batches of one row, which would shuffle nothing.
         """
-        rows, tokens = batch.tokens.shape
-        if tokens % self.k:
-            raise ConfigError(f"rows of {tokens} tokens are no whole number of patches of {self.k}")
-        if self.targets == "shuffled" and rows < 2:
-            raise ConfigError(
-                "targets='shuffled' takes another row's patches: use micro-batches "
-                "of at least two rows"
-            )
         real = (batch.segment_ids > 0).astype(jnp.float32)
         x = patch_embeddings(model.embed(params, batch.tokens), real, self.k)
         out = model.backbone(
