@@ -53,6 +53,6 @@ def test_a_head_wider_than_its_share_of_the_model_is_possible():
 
 def test_an_open_vocabulary_is_an_error_only_when_it_is_needed():
     config = ModelConfig()
-    with pytest.raises(ConfigError, match="model.vocab_size is None"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is None"):
         _ = config.vocabulary
     assert dataclasses.replace(config, vocab_size=7).vocabulary == 7

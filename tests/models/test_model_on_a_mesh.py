@@ -57,4 +57,6 @@ def test_logits_and_gradients_equal_one_devices(tiny, rows, alone, name):
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     np.testing.assert_allclose(logits, expected_logits, rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(gate_grad, expected_gate_grad, rtol=1e-4, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, expected
+    )

@@ -69,9 +69,9 @@ def test_scanned_layers_equal_unrolled_ones(tiny, form):
 
 def test_every_capture_site_equals_numpys(tiny, reference):
     _, expected = reference(tiny.config, tiny.params, tiny.tokens, **tiny.packed)
-    out = jax.jit(
-        lambda p: tiny.model(p, tiny.tokens, capture=frozenset(SITES), **tiny.packed)[1]
-    )(tiny.params)
+    out = jax.jit(lambda p: tiny.model(p, tiny.tokens, capture=frozenset(SITES), **tiny.packed)[1])(
+        tiny.params
+    )
     assert set(out.captured) == set(SITES) == set(expected)
     for site in SITES:
         np.testing.assert_allclose(out.captured[site], expected[site], err_msg=site, **TOLERANCE)
@@ -109,7 +109,7 @@ def test_capture_applies_its_function_inside_the_layer_loop(tiny):
 
 
 def test_unknown_capture_site_is_refused_with_the_nearest_name(tiny):
-    with pytest.raises(ValueError, match="unknown capture site 'resid_pots'.*resid_post"):
+    with pytest.raises(ValueError, match=r"unknown capture site 'resid_pots'.*resid_post"):
         tiny.model(tiny.params, tiny.tokens, capture={"resid_pots"})
 
 
@@ -129,7 +129,9 @@ def test_the_jacobian_across_segments_and_from_the_future_is_exactly_zero(tiny, 
     x = tiny.model.embed(tiny.params, tiny.tokens[:1])
 
     def hidden(x):
-        out = model.backbone(tiny.params, x, segments=segments, positions=tiny.packed["positions"][:1])
+        out = model.backbone(
+            tiny.params, x, segments=segments, positions=tiny.packed["positions"][:1]
+        )
         return out.x[0].sum(-1)
 
     jacobian = jax.jit(jax.jacrev(hidden))(x)[:, 0]  # [T, T, D]
@@ -164,7 +166,8 @@ def test_an_id_outside_the_vocabulary_is_never_read_as_another_token(tiny):
 
 
 @pytest.mark.parametrize(
-    ("attention", "remat"), [("dense", "block"), ("blockwise", "block"), ("blockwise", "elementwise")]
+    ("attention", "remat"),
+    [("dense", "block"), ("blockwise", "block"), ("blockwise", "elementwise")],
 )
 def test_remat_policies_give_equal_gradients(tiny, plain_gradients, attention, remat):
     loss, grads = plain_gradients(attention=attention, remat=remat)

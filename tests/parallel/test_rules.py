@@ -44,7 +44,7 @@ def test_two_logical_axes_that_claim_one_mesh_axis_are_refused(axes, rules, mess
 
 
 def test_a_logical_axis_without_a_rule_is_refused():
-    with pytest.raises(ConfigError, match="no sharding rule for logical axis 'width'.*'embed'"):
+    with pytest.raises(ConfigError, match=r"no sharding rule for logical axis 'width'.*'embed'"):
         partition_spec(("width",))
 
 
@@ -72,6 +72,15 @@ def test_mesh_axes_that_do_not_divide_are_left_out(mesh, spec, shape, expected):
     assert fit_spec(spec, shape, mesh) == expected
 
 
+def test_axes_that_the_mesh_does_not_have_count_for_nothing():
+    small = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    assert fit_spec(P(("data", "fsdp"), "tensor"), (4, 6), small) == P("data", None)
+    assert fit_spec(P(("data", "fsdp"), "tensor"), (3, 6), small) == P(None, None)
+    with jax.set_mesh(small):
+        laid = jax.jit(lambda x: constrain(x, ("batch", "tokens")))(jnp.zeros((4, 6)))
+    assert {s.data.shape for s in laid.addressable_shards} == {(2, 6)}
+
+
 def test_parameters_are_split_over_fsdp_and_tensor_and_copied_over_data(mesh):
     config = ModelConfig(vocab_size=61, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=24)
     shapes = Transformer(config).abstract_params()
@@ -86,11 +95,15 @@ def test_parameters_are_split_over_fsdp_and_tensor_and_copied_over_data(mesh):
 
 def test_parameters_start_alike_whatever_the_mesh(mesh):
     parameter = parameters.Parameter((16, 24), ("embed", "mlp"), 0.5, "w")
-    sharding = parameter_shardings(parameter.axes, jax.ShapeDtypeStruct((16, 24), jnp.float32), mesh)
+    sharding = parameter_shardings(
+        parameter.axes, jax.ShapeDtypeStruct((16, 24), jnp.float32), mesh
+    )
     start = jax.jit(lambda key: parameter.initialise(key, jnp.float32), out_shardings=sharding)
     placed = start(jax.random.key(0))
     assert {s.data.shape for s in placed.addressable_shards} == {(8, 12)}
-    np.testing.assert_allclose(placed, parameter.initialise(jax.random.key(0), jnp.float32), rtol=1e-6)
+    np.testing.assert_allclose(
+        placed, parameter.initialise(jax.random.key(0), jnp.float32), rtol=1e-6
+    )
 
 
 def test_the_mesh_in_force_is_seen_and_none_is_empty(mesh):

@@ -1,5 +1,6 @@
 """The key/value cache: one pytree, updated in place when donated, with a length for each row."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ class Cache:
 
     def rewind(self, lengths: Int[Array, "B"]) -> "Cache":
         """Returns the cache with each row cut back to a length (undoing rejected drafts)."""
-        return self.replace(lengths=jnp.minimum(self.lengths, lengths))
+        return dataclasses.replace(self, lengths=jnp.minimum(self.lengths, lengths))
 
     def grow(self, capacity: int) -> "Cache":
         """Returns the cache with room for `capacity` slots a row.
@@ -43,7 +44,8 @@ class Cache:
         if extra < 0:
             raise ValueError(f"cannot shrink a cache of {self.capacity} slots to {capacity}")
         pad = lambda a: jnp.pad(a, ((0, 0), (0, extra), (0, 0), (0, 0)))  # noqa: E731
-        return self.replace(keys=tuple(map(pad, self.keys)), values=tuple(map(pad, self.values)))
+        keys, values = (tuple(map(pad, buffers)) for buffers in (self.keys, self.values))
+        return dataclasses.replace(self, keys=keys, values=values)
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any = None) -> Cache:

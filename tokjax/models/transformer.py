@@ -160,8 +160,12 @@ class Transformer:
         if isinstance(layers, tuple):
             x, cache, captured = _unrolled(apply, layers, x, edits, cache)
         else:
-            # `None` stands for the cache, which a scanned pass does not have.
-            step = lambda x, layer: apply(layer[0], x, layer[1], None)[::2]  # noqa: E731
+
+            def step(x, layer):
+                # `None` stands for the cache, which a scanned pass does not have.
+                x, _, captured = apply(layer[0], x, layer[1], None)
+                return x, captured
+
             x, captured = jax.lax.scan(step, x, (layers, edits), unroll=self.config.unroll)
         return Output(rms_norm(x, params["norm"], self.config.norm_eps), cache, captured)
 

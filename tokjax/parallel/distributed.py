@@ -29,6 +29,6 @@ def initialise() -> None:
         raise ConfigError(f"process count and index must be numbers: {given}") from None
     if not 0 <= index < count:
         raise ConfigError(f"process index {index} is not below the count {count}: {given}")
-    if jax.config.jax_platforms == "cpu":
+    if jax.config.jax_platforms == "cpu":  # type: ignore[attr-defined]
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(given[_VARIABLES[0]], num_processes=count, process_id=index)

@@ -1,5 +1,6 @@
 """Which mesh axes carry which logical axes of parameters and activations."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,15 +53,15 @@ def partition_spec(axes: Sequence[str | None], rules: Rules = RULES) -> P:
 def fit_spec(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
     """Returns the spec without the entries whose mesh axes together do not divide their dimension.
 
-    An array is replicated along such a dimension.
+    An array is replicated along such a dimension. Axes that the mesh does not have count for
+    nothing.
     """
     entries = []
     for size, entry in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)), strict=True):
         names = (entry,) if isinstance(entry, str) else entry or ()
-        shards = 1
-        for name in names:
-            shards *= mesh.shape[name]
-        entries.append(entry if size % shards == 0 else None)
+        present = tuple(name for name in names if name in mesh.shape)
+        divides = size % math.prod(mesh.shape[name] for name in present) == 0
+        entries.append((entry if present == names else present or None) if divides else None)
     return P(*entries)
 
 
