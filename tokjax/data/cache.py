@@ -2,11 +2,13 @@
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tokjax.errors import StorageError
+from tokjax.files import storage_errors, write_atomically
+
+_REMEDY = "Free space there, or name another directory with the environment variable TOKJAX_CACHE."
 
 
 def cache_directory() -> Path:
@@ -17,11 +19,7 @@ def cache_directory() -> Path:
 
 def storage_error(path: Path, error: OSError) -> StorageError:
     """Returns the StorageError that tells a person which path failed and what to do."""
-    reason = error.strerror or str(error)
-    return StorageError(
-        f"cannot write {path}: {reason}. Free space there, or name another directory with the "
-        "environment variable TOKJAX_CACHE."
-    )
+    return StorageError(f"cannot write {path}: {error.strerror or error}. {_REMEDY}")
 
 
 def write_file_atomically(path: Path, data: bytes) -> None:
@@ -32,22 +30,9 @@ def write_file_atomically(path: Path, data: bytes) -> None:
     Raises:
       StorageError: the disk is full or the place is unwritable; the old file is untouched.
     """
-    temporary: str | None = None
-    try:
+    with storage_errors(path.parent, "create", _REMEDY):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock out the others of a shared cache
-        os.replace(temporary, path)
-    except OSError as error:
-        raise storage_error(path, error) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)  # gone already when the rename succeeded
+    write_atomically(path, data, _REMEDY)
 
 
 @contextlib.contextmanager

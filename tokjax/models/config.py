@@ -27,11 +27,12 @@ class ModelConfig:
     init_scale: float = 0.02  # standard deviation of embeddings; matrices use 1/sqrt(fan in)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matmuls
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of parameters and their gradients
-    remat: Literal["none", "elementwise", "block"] = "elementwise"  # computed again in the backward
-    # pass instead of kept: nothing; all but matrix products and attention; a whole block
+    # what the backward pass computes again instead of keeping: nothing; all but the results of
+    # matrix products and attention; everything inside a block
+    remat: Literal["none", "elementwise", "block"] = "elementwise"
     unroll: int = 1  # blocks per iteration of the training scan
-    attention: Literal["auto", "dense", "blockwise", "cudnn"] = "auto"  # kernel; auto chooses by
-    # platform and by what is asked of it
+    # kernel; auto chooses by platform and by what is asked of it
+    attention: Literal["auto", "dense", "blockwise", "cudnn"] = "auto"
 
     def __post_init__(self):
         for name in ("d_model", "n_layers", "n_heads", "max_positions", "unroll"):

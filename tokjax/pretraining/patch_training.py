@@ -118,11 +118,13 @@ class Patch:
 
     k: int = 4  # tokens a patch
     z_loss: float = 0.0  # coefficient of the squared log-sum-exp of the logits
-    average: Literal["token", "offset"] = "token"  # mean over all targets (the paper's formula),
-    # or the mean over offsets of each offset's mean (the authors' code); they differ only where
-    # offsets have unequally many targets, and then 'offset' depends on the micro-batches
-    targets: Literal["patch", "token", "shuffled"] = "patch"  # what a patch predicts; the other
-    # two are controls: only the next patch's first token; the patches of another row
+    # the mean over all targets (the paper's formula), or over the offsets of each offset's mean
+    # (the authors' code); they differ only where offsets have unequally many targets, and then
+    # 'offset' depends on the micro-batches
+    average: Literal["token", "offset"] = "token"
+    # what a patch predicts: the next patch; or as controls only its first token, or the next
+    # patch of another row
+    targets: Literal["patch", "token", "shuffled"] = "patch"
 
     def __post_init__(self):
         if self.k < 1:

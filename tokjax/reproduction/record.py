@@ -13,11 +13,11 @@ from typing import Any
 import jax
 
 from tokjax.errors import DataError
+from tokjax.files import storage_errors, write_atomically
 from tokjax.reproduction.plan import Panel, Plan, Scale, Verdict
 from tokjax.reproduction.results import ArmResult, Results, mean_series
 from tokjax.training.curves import Curve, plot_curves
 from tokjax.training.facts import git_state, versions
-from tokjax.training.files import storage_errors, write_atomically
 from tokjax.training.progress import si
 
 FORMAT = 1

@@ -17,6 +17,7 @@ import jax
 
 from tokjax.config import diff, resolve, to_dict
 from tokjax.errors import ConfigError
+from tokjax.files import storage_errors, write_atomically
 from tokjax.models.parameters import count_parameters
 from tokjax.reproduction.flops import matmul_flops
 from tokjax.reproduction.plan import Plan
@@ -24,7 +25,6 @@ from tokjax.reproduction.results import ArmResult, Results, Series, StageCost
 from tokjax.reproduction.same_data import with_data_of
 from tokjax.training.config import TrainConfig
 from tokjax.training.facts import stage_flops, stage_tokens
-from tokjax.training.files import storage_errors, write_atomically
 from tokjax.training.ledger import duration, read_ledger
 from tokjax.training.loop import train
 from tokjax.training.metrics import TIME_COLUMNS, read_metrics, series

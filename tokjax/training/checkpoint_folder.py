@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokjax.errors import CheckpointError
-from tokjax.training.files import storage_errors, sync_directory
+from tokjax.files import storage_errors, sync_directory
 from tokjax.training.manifest import (
     DamagedError,
     Manifest,

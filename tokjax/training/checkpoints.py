@@ -29,8 +29,8 @@ import jax
 import numpy as np
 
 from tokjax.errors import CheckpointError, ConfigError, StorageError, TokjaxError
+from tokjax.files import write_atomically
 from tokjax.training.checkpoint_folder import CheckpointFolder, Entry
-from tokjax.training.files import write_atomically
 from tokjax.training.identity import check_identity, flatten_identity
 from tokjax.training.leaves import (
     LeafSpec,

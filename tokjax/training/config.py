@@ -80,10 +80,10 @@ class TrainConfig:
     schedule: Annotated[Any, Choice("schedule")] = Cosine()  # learning rate over a stage
     clip_norm: float | None = 1.0  # largest global norm of the gradient; None does not clip
     micro_batches: int = 1  # parts a batch is computed in, to save memory
-    ema_decay: float | None = None  # decay of a moving average of the parameters, which is then
-    # what is evaluated and sampled from
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # a NaN or infinite loss or gradient ends the
-    # run, or its update is left out and counted
+    # decay of a moving average of the parameters, which is then evaluated and sampled from
+    ema_decay: float | None = None
+    # a NaN or infinite loss or gradient ends the run, or its update is left out and counted
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     mesh: MeshConfig = MeshConfig()  # how devices share the work
     evaluation: EvalConfig = EvalConfig()  # when and how much is evaluated
     samples: SampleConfig = SampleConfig()  # texts written during training

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokjax.training.files import write_atomically
+from tokjax.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

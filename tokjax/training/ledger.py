@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokjax.training.files import set_aside, write_atomically
+from tokjax.files import set_aside, write_atomically
 
 log = logging.getLogger(__name__)
 

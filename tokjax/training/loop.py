@@ -17,11 +17,11 @@ from tokjax.data.batch import Batch
 from tokjax.data.feed import prefetch, to_device
 from tokjax.decoding.text import generate_text
 from tokjax.errors import NonFiniteError
+from tokjax.files import write_atomically
 from tokjax.training import facts
 from tokjax.training.checkpoints import Checkpointer
 from tokjax.training.compiles import CompileWatch
 from tokjax.training.evaluation import evaluate, parameters_in_use
-from tokjax.training.files import write_atomically
 from tokjax.training.ledger import Ledger
 from tokjax.training.metrics import MetricWriter, read_metrics
 from tokjax.training.preemption import StopRequest, watch_for_stop

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tokjax.errors import CheckpointError, StorageError
-from tokjax.training.files import write_atomically
+from tokjax.files import write_atomically
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokjax.training.files import AppendFile, set_aside, storage_errors, write_atomically
+from tokjax.files import AppendFile, set_aside, storage_errors, write_atomically
 from tokjax.training.tensorboard import ScalarEvents
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tokjax.errors import ConfigError
+from tokjax.files import write_atomically
 from tokjax.training import ledger as ledger_file
 from tokjax.training.curves import COLORS, Curve, inline_svg, plot_curves, save_figure
-from tokjax.training.files import write_atomically
 from tokjax.training.ledger import duration, read_ledger
 from tokjax.training.metrics import read_metrics, series
 from tokjax.training.run_facts import read_run, read_samples

@@ -21,7 +21,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokjax.training.files import AppendFile, set_aside, write_atomically
+from tokjax.files import AppendFile, set_aside, write_atomically
 
 RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.jsonl"

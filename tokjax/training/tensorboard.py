@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tokjax.training.files import AppendFile, storage_errors
+from tokjax.files import AppendFile, storage_errors
 
 _FILES = itertools.count()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from tokjax.errors import StorageError
-from tokjax.training.files import storage_errors
+from tokjax.files import storage_errors
 
 
 @contextlib.contextmanager

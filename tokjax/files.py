@@ -2,19 +2,25 @@
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from tokjax.errors import StorageError
 
+WORKDIR_REMEDY = "Free space or choose a writable workdir; everything written before is intact."
+
 
 @contextlib.contextmanager
-def storage_errors(path: str | os.PathLike[str], doing: str = "write") -> Iterator[None]:
+def storage_errors(
+    path: str | os.PathLike[str], doing: str = "write", remedy: str = WORKDIR_REMEDY
+) -> Iterator[None]:
     """Turns an OSError inside the block into a StorageError naming `path`.
 
     Args:
         path: the file or directory the block works on.
         doing: the verb of the message, e.g. "write" or "create".
+        remedy: what the reader of the message can do.
 
     Raises:
         StorageError: the disk is full, the path unwritable, or the like.
@@ -25,10 +31,7 @@ def storage_errors(path: str | os.PathLike[str], doing: str = "write") -> Iterat
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StorageError(
-            f"cannot {doing} {os.fspath(path)}: {reason}. Free space or choose a writable workdir; "
-            "everything written before is intact."
-        ) from error
+        raise StorageError(f"cannot {doing} {os.fspath(path)}: {reason}. {remedy}") from error
 
 
 class AppendFile:
@@ -82,15 +85,15 @@ def sync_directory(directory: Path) -> None:
             os.close(descriptor)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes, remedy: str = WORKDIR_REMEDY) -> None:
     """Replaces the file `path` by `content`: a reader sees the old or the new file, whole.
 
     Raises:
         StorageError: the new content could not be written; the old file is untouched.
     """
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with storage_errors(path):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    with storage_errors(path, remedy=remedy):
         try:
             with open(temporary, "wb") as file:
                 file.write(data)

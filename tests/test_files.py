@@ -5,7 +5,7 @@ import os
 import pytest
 
 from tokjax.errors import StorageError
-from tokjax.training.files import AppendFile, set_aside, storage_errors, write_atomically
+from tokjax.files import AppendFile, set_aside, storage_errors, write_atomically
 
 
 def test_a_replaced_file_is_the_new_one_and_nothing_else_stays(tmp_path):
