@@ -6,8 +6,8 @@ Both sides train the same Llama (width 512, 8 layers, 29.5M parameters, vocabula
 256, float32, AdamW, clipping at 1) from the same initial weights on the same batches. Each lives
 in a process of its own with every core; they take turns, one step at a time, so that whatever
 else the machine does hits both. Printed: the losses (they must agree), the median seconds and CPU
-seconds of a step, the median of the paired ratios with its quartiles, and the share of the matmul peak that was
-measured between the steps. Needs the extra `test` (torch, transformers).
+seconds of a step, the median of the paired ratios with its quartiles, and the share of the matmul
+peak that was measured between the steps. Needs the extra `test` (torch, transformers).
 """
 
 import argparse
@@ -22,9 +22,8 @@ from pathlib import Path
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    for name, value in dict(
-        d_model=512, layers=8, heads=8, d_ff=1376, vocab=8192, batch=8, length=256, repeats=15
-    ).items():
+    sizes = {"d_model": 512, "layers": 8, "heads": 8, "d_ff": 1376, "vocab": 8192}
+    for name, value in (sizes | {"batch": 8, "length": 256, "repeats": 15}).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--unroll", type=int, default=1, help="tokjax: blocks per scan iteration")
     return parser.parse_args()
@@ -188,7 +187,7 @@ def main() -> None:
     peak = 2 * 2048**3 / statistics.median(times["product"])
     ratios = sorted(t / j for t, j in zip(times["torch"], times["tokjax"], strict=True))
     result = {
-        "machine": f"{platform.processor() or platform.machine()}, {multiprocessing.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {multiprocessing.cpu_count()} cores",
         "parameters": parameters,
         "compile_s": round(compile_seconds, 2),
         "torch_step_s": round(statistics.median(times["torch"]), 4),

@@ -12,6 +12,8 @@ import numpy as np
 
 from tokjax.training.metrics import read_metrics
 
+COMMAND = [sys.executable, "-m", "tokjax.train"]
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -60,7 +62,8 @@ def test_sigterm_to_one_process_stops_both_and_one_process_goes_on(tiny_tree, tm
         optimizer__peak_lr=1e-3,
     )
     config.write_text(
-        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({tree!r})\n"
+        "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
+        f"    return ConfigDict({tree!r})\n"
     )
     workdir = tmp_path / "two"
     both = start(config, workdir, tmp_path / "log", 2)

@@ -156,7 +156,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_parameters(tiny_tree, tm
         size = curves.stat().st_size if curves.exists() else 0
         with log.open("w") as output:
             process = subprocess.Popen(command(tmp_path, tree, workdir), stderr=output, **quiet)
-        # From the fourth kill on the run is left alone; before, it dies a while after training goes on.
+        # It dies a while after training goes on, four times; then the run is left alone.
         while process.poll() is None and kills < 4:
             if curves.exists() and curves.stat().st_size != size:
                 time.sleep(rng.uniform(0, 0.4))
@@ -345,12 +345,13 @@ def test_epochs_set_the_length(tiny_tree):
 
 def test_training_from_a_prepared_store_imports_no_tensorflow(tiny_tree, tmp_path):
     run_of(tiny_tree())  # prepares
+    tree = tiny_tree(samples={"prompts": ["a"], "max_new_tokens": 8})
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\nfrom tokjax.config import resolve\n"
         "from tokjax.training.config import TrainConfig\nfrom tokjax.training.loop import train\n"
         "from tokjax.training.run import build_run\n"
-        f"run = build_run(resolve(TrainConfig, {tiny_tree(samples={'prompts': ['a'], 'max_new_tokens': 8})!r}))\n"
+        f"run = build_run(resolve(TrainConfig, {tree!r}))\n"
         f"train(run, Path({str(tmp_path / 'run')!r}))\n"
         "heavy = [m for m in ('tensorflow', 'seqio', 'torch') if m in sys.modules]\n"
         "assert not heavy, heavy\n"

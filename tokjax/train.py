@@ -1,4 +1,4 @@
-"""Trains a model: `python -m tokjax.train --config=configs/quickstart.py --workdir=runs/quickstart`.
+"""Trains a model: `python -m tokjax.train --config=configs/quickstart.py --workdir=runs/first`.
 
 The same command continues a run that was stopped. Exit codes: see `tokjax.errors`.
 """

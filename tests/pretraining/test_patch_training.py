@@ -136,7 +136,9 @@ def test_oracle_4_order_within_a_patch_changes_nothing(params):
     order = [rng.permutation(K) for _ in range(4)]
     last = [3]
     one = batch_of([(0, [*tokens.reshape(-1), *last])])
-    two = batch_of([(0, [*(t for row, o in zip(tokens, order) for t in row[o]), *last])])
+    two = batch_of(
+        [(0, [*(t for row, o in zip(tokens, order, strict=True) for t in row[o]), *last])]
+    )
     assert not np.array_equal(one.tokens, two.tokens)
     close(patch_logits(params, one), patch_logits(params, two))
     a, b = (loss_and_gradient(Patch(k=K), params, batch)[0] for batch in (one, two))
@@ -347,8 +349,8 @@ def test_shuffled_control_predicts_another_rows_patches(params):
 
 
 def test_shuffled_targets_of_one_row_are_refused(params):
+    row = jax.tree.map(lambda a: a[:1], full_batch())
     with pytest.raises(ConfigError, match="one row only: raise batch_size"):
-        row = jax.tree.map(lambda a: a[:1], full_batch())
         loss_and_gradient(Patch(k=K, targets="shuffled"), params, row)
 
 

@@ -176,7 +176,7 @@ def test_no_buffer_of_all_logits(monkeypatch):
 
 def test_unknown_statistics_and_other_shapes_are_named():
     x, table, targets = case()
-    with pytest.raises(ValueError, match="unknown token statistic 'entrop'.*entropy"):
+    with pytest.raises(ValueError, match=r"unknown token statistic 'entrop'.*entropy"):
         token_stats(x, table, targets, ["entrop"])
     with pytest.raises(ValueError, match=re.escape("targets (4, 5)")):
         token_stats(x, table, targets[:, :-1])

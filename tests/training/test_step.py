@@ -22,7 +22,15 @@ from tokjax.training.step import StepConfig, make_eval_step, make_train_step
 
 B, T, V = 4, 16, 32
 CONFIG = ModelConfig(
-    vocab_size=V, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=32, remat="none"
+    vocab_size=V,
+    d_model=16,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    d_ff=32,
+    # Embeddings of 0.02 would make the first norm amplify rounding 50 times.
+    init_scale=1.0,
+    remat="none",
 )
 MODEL = Transformer(CONFIG)
 SGD = optax.sgd(1.0)
@@ -220,7 +228,9 @@ def three_steps(state):
 
     def run(micro_batches):
         step = jax.jit(
-            make_train_step(MODEL, NextToken(), SGD, settings(micro_batches=micro_batches))
+            make_train_step(
+                MODEL, NextToken(), SGD, settings(peak_lr=0.1, micro_batches=micro_batches)
+            )
         )
         now, seen = state, []
         for seed in range(3):

@@ -2,7 +2,8 @@
 
 `dense` can do everything (any mask, bias, probabilities, caches). `blockwise` walks over the rows
 of the batch and over blocks of queries, each against the keys before it, so that a block stays in
-a CPU's cache and scores exist for one row at a time; it does plain causal attention within segments. `cudnn` is NVIDIA's fused kernel through `jax.nn.dot_product_attention`.
+a CPU's cache and scores exist for one row at a time; it does plain causal attention within
+segments. `cudnn` is NVIDIA's fused kernel through `jax.nn.dot_product_attention`.
 """
 
 import functools

@@ -19,7 +19,7 @@ class CompileWatch:
     def __init__(self) -> None:
         self.count = 0
 
-    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == _EVENT:
             self.count += 1
 

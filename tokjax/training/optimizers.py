@@ -156,29 +156,41 @@ class Muon:
 
     def build(self, config: ModelConfig) -> optax.GradientTransformation:
         """Returns the transformation at learning rate 1."""
-        # Blocks are stacked along axis 0: each layer's matrix is orthogonalised by itself.
-        matrix = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-        numbers = parameters.map_table(
-            config, lambda path, p, stacked: matrix if stacked and len(p.shape) == 2 else None
+        # Not `contrib.muon`: its AdamW takes Nesterov steps and decays norms and biases too.
+        muon = optax.chain(
+            contrib.scale_by_muon(
+                beta=self.beta,
+                ns_steps=self.ns_steps,
+                weight_dimension_numbers=_layer_matrices,
+            ),
+            optax.stateless(_scale_by_shape),
+            optax.add_decayed_weights(self.weight_decay),
+            optax.scale(-1.0),
         )
-        muon = contrib.muon(
-            1.0,
-            beta=self.beta,
-            ns_steps=self.ns_steps,
-            weight_decay=self.weight_decay,
-            adam_b1=self.adam_b1,
-            adam_b2=self.adam_b2,
-            adam_learning_rate=self.adam_lr_ratio,
-            muon_weight_dimension_numbers=numbers,
-        )
-        if not self.adam_weight_decay:
-            return muon
-        # Not Muon's own option, which would decay norms and biases too.
-        tables = parameters.map_table(
-            config, lambda path, p, stacked: len(p.shape) > 1 and not stacked
-        )
-        rate = -self.adam_lr_ratio * self.adam_weight_decay
-        return optax.chain(muon, optax.add_decayed_weights(rate, mask=tables))
+        rest = (self.adam_lr_ratio, self.adam_b1, self.adam_b2)
+        transforms = {
+            "muon": muon,
+            "tables": optax.adamw(*rest, weight_decay=self.adam_weight_decay),
+            "vectors": optax.adam(*rest),
+        }
+
+        def label(path: str, p: parameters.Parameter, stacked: bool) -> str:
+            if len(p.shape) < 2:
+                return "vectors"
+            return "muon" if stacked else "tables"
+
+        return optax.partition(transforms, parameters.map_table(config, label))
+
+
+def _layer_matrices(params: Any) -> Any:
+    # Blocks are stacked along axis 0: each layer's matrix is orthogonalised by itself.
+    matrix = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    return jax.tree.map(lambda _: matrix, params)
+
+
+def _scale_by_shape(updates: Any, _: Any) -> Any:
+    # A matrix [L, inputs, outputs] that widens takes larger steps (Jordan et al. 2024).
+    return jax.tree.map(lambda u: u * max(1.0, u.shape[2] / u.shape[1]) ** 0.5, updates)
 
 
 class Schedule(Protocol):

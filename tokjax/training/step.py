@@ -1,5 +1,6 @@
 """The training step: accumulate sums, divide once, clip, update; and what it reports."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,14 +71,15 @@ def make_train_step(
             micro_step, params, aux, jax.tree.map(lambda a: a[0], split), keys[0]
         )
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        start = (zeros[0].replace(aux=aux), zeros[1])
+        start = (dataclasses.replace(zeros[0], aux=aux), zeros[1])
 
         def add(sums, part):
             loss, gradient = micro_step(params, sums[0].aux, *part)
-            added = jax.tree.map(
-                jnp.add, (sums[0].replace(aux=()), sums[1]), (loss.replace(aux=()), gradient)
-            )
-            return (added[0].replace(aux=loss.aux), added[1]), None
+            # The objective's state is carried on, not added up.
+            before, now = (dataclasses.replace(each, aux=()) for each in (sums[0], loss))
+            added = jax.tree.map(jnp.add, before, now)
+            gradients = jax.tree.map(jnp.add, sums[1], gradient)
+            return (dataclasses.replace(added, aux=loss.aux), gradients), None
 
         return jax.lax.scan(add, start, (split, keys))[0]
 
