@@ -234,6 +234,18 @@ def test_norm_scales_keep_float32_precision_under_bfloat16_compute(tiny):
     assert (added(1.0) != added(1.002)).any()
 
 
+def test_a_frequent_tokens_gradients_add_up_in_float32(tiny):
+    # A sum of ones in bfloat16 gets no further than 256.
+    model = variant(tiny, dtype="bfloat16")
+    tokens = jnp.full((1, 1000), 7)
+
+    def total(params):
+        return model.embed(params, tokens).astype(jnp.float32).sum()
+
+    gradient = jax.jit(jax.grad(total))(tiny.params)["embedding"]
+    np.testing.assert_array_equal(gradient[7], 1000.0)
+
+
 def test_with_vocabulary_fills_only_an_open_size(tiny):
     unknown = dataclasses.replace(tiny.config, vocab_size=None)
     assert with_vocabulary(unknown, 99).vocabulary == 99

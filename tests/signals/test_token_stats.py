@@ -148,6 +148,22 @@ def test_bfloat16_inputs_under_strict_promotion():
     np.testing.assert_allclose(found.nll, expected["nll"], rtol=1e-5)
 
 
+def test_the_chunks_gradients_add_up_in_float32(monkeypatch):
+    # One chunk a token: in bfloat16 a sum stops growing at 256 times what is added.
+    monkeypatch.setattr(vocabulary, "_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(vocabulary, "_CHUNK_LOGITS", 1)
+    x, table, targets = case(jnp.bfloat16)
+
+    def total(table, times):
+        wide = jnp.repeat(x[:1, :1], times, axis=1)
+        return token_stats(wide, table, jnp.full((1, times), targets[0, 0])).nll.sum()
+
+    one, many = (
+        jax.jit(jax.grad(total), static_argnums=1)(table, n).astype(jnp.float32) for n in (1, 1000)
+    )
+    np.testing.assert_allclose(many, 1000 * one, rtol=0.02, atol=1e-3)
+
+
 def test_no_buffer_of_all_logits(monkeypatch):
     monkeypatch.setattr(vocabulary, "_CHUNK_TOKENS", 16)
     monkeypatch.setattr(vocabulary, "_CHUNK_LOGITS", 1)

@@ -175,7 +175,7 @@ def test_no_buffer_of_all_logits(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(B, T), (B, T + 1, 1), (B, T, 2)])
 def test_shapes_that_do_not_fit_are_named(shape):
-    x, table, targets, weights = case()
+    x, table, _, weights = case()
     with pytest.raises(ValueError, match=re.escape(str(shape))):
         weighted_nll(x, table, jnp.zeros(shape, jnp.int32), weights)
 

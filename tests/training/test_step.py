@@ -172,6 +172,40 @@ def test_a_loss_that_is_not_finite_changes_nothing_but_the_step(value):
     assert np.isfinite(moved(after, again)).all() and moved(after, again).any()
 
 
+def test_an_infinite_gradient_of_a_finite_loss_is_left_out():
+    @dataclass(frozen=True)
+    class Steep(Product):
+        def loss(self, model, params, aux, batch, key):
+            # The root of 0 is 0, its slope infinite.
+            return Loss(jnp.sqrt(0 * params["p"].sum()), jnp.float32(1), {}, aux)
+
+    state = small_state()
+    step = jax.jit(make_train_step(ThreeNumbers(), Steep(), SGD, settings()))
+    after, metrics = step(state, random_batch(0))
+    assert (metrics["loss"], metrics["finite"]) == (0, 0)
+    close(after.params, state.params, rtol=0)
+
+
+def test_bfloat16_parameters_keep_their_type_and_a_float32_average():
+    class Narrow(ThreeNumbers):
+        def init(self, key):
+            return {"p": super().init(key)["p"].astype(jnp.bfloat16)}
+
+    adam = optax.adam(1.0)
+    state = init_state(Narrow(), Product(), adam, 0, True)
+    config = settings(peak_lr=0.125, ema_decay=0.9999, micro_batches=2)
+    after, metrics = jax.jit(make_train_step(Narrow(), Product(), adam, config))(
+        state, random_batch(0)
+    )
+    types = lambda tree: [a.dtype for a in jax.tree.leaves(tree)]  # noqa: E731
+    assert types(after) == types(state)
+    assert metrics["grad_norm"].dtype == after.ema["p"].dtype == jnp.float32
+    # A ten-thousandth of the change, which bfloat16 would round away.
+    change = -1e-4 * moved(state, after).astype(np.float32)
+    assert np.abs(change).min() > 1e-5
+    np.testing.assert_allclose(after.ema["p"] - state.ema["p"], change, rtol=0, atol=5e-7)
+
+
 def test_a_batch_without_weight_changes_nothing_and_counts_as_finite():
     decaying = optax.adamw(0.1, weight_decay=0.5)
     step, state = small_step(decaying), small_state(decaying)

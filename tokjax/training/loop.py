@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from tokjax.data.batch import Batch
 from tokjax.data.feed import prefetch, to_device
 from tokjax.decoding.text import generate_text
-from tokjax.errors import NonFiniteError
+from tokjax.errors import NonFiniteError, StorageError
 from tokjax.files import write_atomically
 from tokjax.training import facts
 from tokjax.training.checkpoints import Checkpointer
@@ -96,7 +96,7 @@ class _Training:
         before = 0.0 if started is None else time.monotonic() - started
         self.ledger = Ledger(workdir / "ledger.json", elapsed_before=before, enabled=self.first)
         self.exit_reason = "failed"
-        stack.callback(lambda: self.ledger.close(self.exit_reason))
+        stack.callback(self.close_ledger)
         self.checkpointer = stack.enter_context(
             Checkpointer(workdir / "checkpoints", run.config.checkpoints, identity=run.identity())
         )
@@ -107,6 +107,14 @@ class _Training:
         self.sampled = self.saved = -1
         self.skipped = 0
         self.warnings: list[str] = _data_warnings(run)
+
+    def close_ledger(self) -> None:
+        """Books the end of the run; after a failure a full disk does not hide the failure."""
+        try:
+            self.ledger.close(self.exit_reason)
+        except StorageError:
+            if not self.exit_reason.startswith("failed"):
+                raise
 
     # ---------------------------------------------------------------- start
 
@@ -173,7 +181,8 @@ class _Training:
                 state, step = self.run_stage(state, stage, compiled, step)
         except BaseException as error:
             self.exit_reason = f"failed: {error}" if str(error) else type(error).__name__
-            self.note(state=self.exit_reason)
+            with contextlib.suppress(StorageError):  # a full disk must not hide its own cause
+                self.note(state=self.exit_reason)
             raise
         return self.finish(state, step)
 

@@ -4,6 +4,7 @@ Optimisers are built for a learning rate of 1; the training step multiplies by t
 value, so that a schedule is a function of the step within its stage and needs no state.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -168,7 +169,7 @@ class Muon:
             optax.scale(-1.0),
         )
         rest = (self.adam_lr_ratio, self.adam_b1, self.adam_b2)
-        transforms = {
+        transforms: dict[Hashable, optax.GradientTransformation] = {
             "muon": muon,
             "tables": optax.adamw(*rest, weight_decay=self.adam_weight_decay),
             "vectors": optax.adam(*rest),
