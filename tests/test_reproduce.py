@@ -509,10 +509,15 @@ def test_series_are_cut_thinned_and_averaged():
 
 
 def test_a_busy_machine_is_told_of():
-    assert machine_notes({"cores": 2, "load_average_15_min": 1.5}) == []
-    assert machine_notes({"cores": 2, "load_average_15_min": None}) == []
-    (note,) = machine_notes({"cores": 2, "load_average_15_min": 6.24})
-    assert "6.2 on 2 cores" in note
+    quiet_run, busy_run = (
+        Results((dataclasses.replace(result("a", 0, [1.0]), load_average=load),), (0,))
+        for load in (1.9, 6.24)
+    )
+    for unknown_or_low in (None, 1.5):
+        host = {"cores": 2, "load_average_15_min": unknown_or_low}
+        assert machine_notes(host, quiet_run) == []
+        assert "6.2 on 2 cores" in machine_notes(host, busy_run)[0]
+    assert "3.0 on" in machine_notes({"cores": 2, "load_average_15_min": 3.0}, quiet_run)[0]
 
 
 def test_a_file_that_is_no_record_is_refused(tmp_path):

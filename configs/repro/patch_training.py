@@ -2,7 +2,9 @@
 
     python -m tokjax.reproduce patch_training
 
-What came out is in docs/reproductions/patch_training.json and .png.
+What came out is in docs/reproductions/patch_training.json and .png: with 2.5M tokens, patches
+help a token stage of the same batches (4.31 against 4.51 nats), and not with the targets shuffled;
+tokens of equal compute are still better (4.14).
 
 The arms, for C steps of 2,048 tokens:
     tokens          C steps on tokens
@@ -177,8 +179,9 @@ def judge(results: Results) -> Verdict:
             (
                 abs(model - 0.5) < 0.01,
                 f"it takes half the operations of tokens on the same data: {model:.3f} by formula, "
-                f"{counted:.3f} counted in the programs, {seconds:.3f} of the wall time in steps",
+                f"{counted:.3f} counted in the programs",
             ),
+            (None, f"its wall time in training steps is {seconds:.3f} of that of tokens"),
             (
                 None,
                 f"predicting the next patch's first token only keeps {kept_first:.0%} of the gain: "

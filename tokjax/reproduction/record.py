@@ -69,14 +69,14 @@ def make_record(
         "claim": plan.claim,
         "verdict": verdict.state,
         "findings": list(verdict.sentences),
-        "notes": [*plan.notes, *machine_notes(host)],
+        "notes": [*plan.notes, *machine_notes(host, results)],
         "scale": scale,
         "command": command if scale == "full" else f"{command} --scale={scale}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": host,
         "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "versions": versions(),
-        "git": git_state(Path(__file__).parent),
+        "recorded_at_commit": git_state(Path(__file__).parent),
         "seeds": list(results.seeds),
         "arms": arms,
     }
@@ -101,10 +101,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def machine_notes(host: Mapping[str, Any]) -> list[str]:
+def machine_notes(host: Mapping[str, Any], results: Results) -> list[str]:
     """Returns what a reader of wall times must know about the machine they were taken on."""
-    load, cores = host["load_average_15_min"], host["cores"]
-    if load is None or load <= cores:
+    cores = host["cores"]
+    loads = [host["load_average_15_min"], *(run.load_average for run in results.runs)]
+    load = max((load for load in loads if load is not None), default=0.0)
+    if load <= cores:
         return []
     return [
         f"Other work used the machine at the same time (load average {load:.1f} on {cores} cores): "
@@ -121,7 +123,7 @@ def _run_record(run: ArmResult, metrics: Sequence[str], digest: str) -> dict[str
         "tokens": run.tokens,
         "model_flops": run.model_flops,
         "counted_flops": run.counted_flops,
-        "seconds": {k: round(v, 1) for k, v in run.seconds.items()},
+        "seconds": {k: round(v, 3) for k, v in run.seconds.items()},
         "stages": run.to_json()["stages"],
         "curves": {
             m: {"steps": list(s.steps), "values": [round(v, 5) for v in s.values]}

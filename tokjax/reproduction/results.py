@@ -84,6 +84,8 @@ class ArmResult:
         curves: metric to its values over steps.
         seconds: wall time by category, as the run's ledger tells it.
         eval_data: evaluation set to the fingerprint of its store.
+        load_average: processes that wanted the machine's cores during the last quarter of an hour
+            of the run, its own included; None where the system does not tell.
     """
 
     arm: str
@@ -93,6 +95,7 @@ class ArmResult:
     curves: Mapping[str, Series]
     seconds: Mapping[str, float]
     eval_data: Mapping[str, str]
+    load_average: float | None = None
 
     @property
     def steps(self) -> int:

@@ -6,6 +6,7 @@ configuration has changed since is refused: `arm.json` in its workdir tells.
 
 import hashlib
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -245,6 +246,7 @@ def _measure(run: Run, job: Job) -> ArmResult:
         curves=curves,
         seconds=dict(ledger["seconds"]),
         eval_data={name: store.fingerprint for name, store in run.eval_stores.items()},
+        load_average=os.getloadavg()[2] if hasattr(os, "getloadavg") else None,
     )
 
 
