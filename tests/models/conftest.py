@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokjax.models import ModelConfig, Transformer
+from tokjax.models import Edits, ModelConfig, Transformer
 
 B, T, V = 2, 12, 61
 
@@ -24,7 +24,34 @@ def _rotate(x, positions, theta):
     return np.concatenate([turned.real, turned.imag], -1)
 
 
-def _attention(row, w, config, positions, segments, bias):
+def _softmax(scores):
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def _suppressed(scores, visible, edit):
+    """Scores [H T T] of one row with the suppressed ones overwritten, rule by rule."""
+    attention = np.stack([_softmax(np.where(visible, s, -np.inf)) for s in scores]).mean(0)
+    T, scores = visible.shape[0], scores.copy()
+    for t in range(T):
+        if not edit.rows[t]:
+            continue
+        chosen = []
+        for s in range(T):
+            if not (edit.columns[s] and visible[t, s]):
+                continue
+            if edit.by == "row":
+                given = sum(attention[t, c] for c in range(T) if edit.columns[c])
+            else:
+                given = max(attention[r, s] for r in range(T) if edit.rows[r])
+            if given > edit.threshold:
+                chosen.append(s)
+        if len(chosen) < visible[t].sum():
+            scores[:, t, chosen] = edit.score
+    return scores
+
+
+def _attention(row, w, config, positions, segments, bias, suppression, at):
     T, d = len(row), config.head_width
     q, k, v = (
         (row @ w[n] + w.get(f"{n}_bias", 0)).reshape(T, -1, d) for n in ("query", "key", "value")
@@ -34,56 +61,89 @@ def _attention(row, w, config, positions, segments, bias):
         np.stack([_rotate(a[:, h], positions, config.rope_theta) for h in range(a.shape[1])], 1)
         for a in (q, k)
     )
-    outs, probabilities = [], []
-    for h in range(config.n_heads):
-        scores = q[:, h] @ k[:, h // group].T / np.sqrt(d) + bias[h % len(bias)]
-        visible = np.tril(np.ones((T, T), bool)) & (segments[:, None] == segments[None])
-        scores = np.where(visible, scores, -np.inf)
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-        p /= p.sum(-1, keepdims=True)
-        outs.append(p @ v[:, h // group])
-        probabilities.append(p)
-    return np.concatenate(outs, -1) @ w["out"], np.stack(probabilities), (q, k, v)
+    q, k, v = at("q", q), at("k", k), at("v", v)
+    visible = np.tril(np.ones((T, T), bool)) & (segments[:, None] == segments[None])
+    scores = np.stack(
+        [
+            q[:, h] @ k[:, h // group].T / np.sqrt(d) + bias[h % len(bias)]
+            for h in range(config.n_heads)
+        ]
+    )
+    if suppression is not None:
+        scores = _suppressed(scores, visible, suppression)
+    probabilities = _softmax(np.where(visible, scores, -np.inf))
+    probabilities = at("attn_probs", probabilities)
+    heads = np.stack([p @ v[:, h // group] for h, p in enumerate(probabilities)], 1)
+    heads = at("attn_heads", heads)
+    found = {"q": q, "k": k, "v": v, "attn_probs": probabilities, "attn_heads": heads}
+    return heads.reshape(T, -1) @ w["out"], found
+
+
+def _row(leaf, b):
+    """Row b of an array whose batch axis may be 1."""
+    return leaf[b % len(leaf)]
 
 
 def reference_forward(config, params, tokens, positions=None, segments=None, edits=None):
     """Returns (logits, captured) of one model, one row and one layer at a time."""
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-    edits = {k: np.asarray(v, np.float64) for k, v in (edits or {}).items()}
+    edits = Edits() if edits is None else jax.tree.map(np.asarray, edits)
     tokens = np.asarray(tokens)
     B, T = tokens.shape
     positions = np.broadcast_to(np.arange(T), (B, T)) if positions is None else positions
     segments = np.zeros((B, T)) if segments is None else segments
-    x = params["embedding"][tokens]
     sites: dict[str, list] = {}
+    x = params["embedding"][tokens]
     for layer in range(config.n_layers):
         w = jax.tree.map(lambda a, i=layer: a[i], params["layers"])
-        edit = {name: leaf[layer] for name, leaf in edits.items()}
-        gate = np.broadcast_to(edit.get("layer_gate", np.ones((1, 1))), (B, T))[..., None]
-        bias = edit.get("attention_bias", np.zeros((1, 1, 1, 1)))
-        site = {"resid_pre": x}
+        edit = jax.tree.map(lambda a, i=layer: a[i], edits)
+        gate, bias = edit.layer_gate, edit.attention_bias
+        gate = np.ones((B, T)) if gate is None else np.broadcast_to(gate, (B, T))
+        bias = np.zeros((1, 1, 1, 1)) if bias is None else np.asarray(bias, np.float64)
+
+        def at(site, value, b=None, edit=edit):
+            pick = (lambda a: a) if b is None else (lambda a: _row(a, b))
+            if site in edit.add:
+                value = value + pick(edit.add[site])
+            if site in edit.write:
+                mask = pick(edit.write[site].mask)
+                mask = mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
+                value = np.where(mask, pick(edit.write[site].value), value)
+            return value
+
+        site = {}
+
+        def block_site(name, value, at=at, site=site):
+            site[name] = at(name, value)
+            return site[name]
+
+        x = block_site("resid_pre", x)
         h = _norm(x, w["attention"]["norm"], config.norm_eps)
         rows = [
-            _attention(h[b], w["attention"], config, positions[b], segments[b], bias[b % len(bias)])
+            _attention(
+                *(h[b], w["attention"], config, positions[b], segments[b], _row(bias, b)),
+                None
+                if edit.suppression is None
+                else edit.suppression.replace(
+                    columns=_row(edit.suppression.columns, b), rows=_row(edit.suppression.rows, b)
+                ),
+                lambda name, value, b=b, at=at: at(name, value, b),
+            )
             for b in range(B)
         ]
-        site["attn_out"] = np.stack([r[0] for r in rows])
-        site["attn_probs"] = np.stack([r[1] for r in rows])
-        for i, name in enumerate("qkv"):
-            site[name] = np.stack([r[2][i] for r in rows])
-        x = site["resid_mid"] = x + gate * site["attn_out"]
+        for name in rows[0][1]:
+            site[name] = np.stack([found[name] for _, found in rows])
+        attended = block_site("attn_out", np.stack([r[0] for r in rows]) * gate[..., None])
+        x = block_site("resid_mid", x + attended)
         h = _norm(x, w["mlp"]["norm"], config.norm_eps)
         g = h @ w["mlp"]["gate"]
         if config.activation == "silu":
             g = g / (1 + np.exp(-g))
         else:
             g = g / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)))
-        site["mlp_out"] = (g * (h @ w["mlp"]["up"])) @ w["mlp"]["down"]
-        x = x + gate * site["mlp_out"]
-        x = x + edit.get("residual_add", 0)
-        if "write" in edit:
-            x = np.where(edit["write_mask"][..., None] > 0, edit["write"], x)
-        site["resid_post"] = x
+        hidden = block_site("mlp_hidden", g * (h @ w["mlp"]["up"]))
+        x = x + block_site("mlp_out", hidden @ w["mlp"]["down"] * gate[..., None])
+        x = block_site("resid_post", x)
         for name, value in site.items():
             sites.setdefault(name, []).append(value)
     table = params["embedding"] if config.tie_embeddings else params["head"]

@@ -8,10 +8,11 @@ import pytest
 
 from tokjax.errors import ConfigError
 from tokjax.models import attention
-from tokjax.models.attention import blockwise_attention, causal_mask, dense_attention
+from tokjax.models.attention import Scores, blockwise_attention, dense_attention, visible_keys
 
 T = 150  # more than two blocks of queries, and the last one is not full
 B, H, K, d = 2, 4, 2, 8
+SCORES = Scores(scale=d**-0.5)
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +25,21 @@ def arrays():
     return q, k, v, w, segments.astype(np.int32)
 
 
-def by_dense(q, k, v, segments):
-    slots = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
-    return dense_attention(q, k, v, causal_mask(slots, slots, segments, segments))[0]
+def by_dense(q, k, v, segments, window=None, *, scores):
+    places = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+    mask = visible_keys(
+        *(places, places, window),
+        causal=scores.causal,
+        query_segments=segments,
+        key_segments=segments,
+    )
+    return dense_attention(q, k, v, mask, scores)[0]
 
 
 @functools.cache
-def gradients(attend):
+def gradients(attend, scores=SCORES, window=None):
+    attend = functools.partial(attend, window=window, scores=scores)
+
     def loss(q, k, v, w, segments):
         out = attend(q, k, v, segments)
         return (out.astype(jnp.float32) * w).sum(), out
@@ -38,9 +47,19 @@ def gradients(attend):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
-def test_blockwise_equals_dense_in_values_and_gradients(arrays):
-    expected_grads, expected = gradients(by_dense)(*arrays)
-    grads, out = gradients(blockwise_attention)(*arrays)
+@pytest.mark.parametrize(
+    ("scores", "window"),
+    [
+        (SCORES, None),
+        (SCORES, 20),
+        (Scores(0.5, softcap=2.0), 65),
+        (Scores(d**-0.5, causal=False), None),
+        (Scores(d**-0.5, causal=False), 9),
+    ],
+)
+def test_blockwise_equals_dense_in_values_and_gradients(arrays, scores, window):
+    expected_grads, expected = gradients(by_dense, scores, window)(*arrays)
+    grads, out = gradients(blockwise_attention, scores, window)(*arrays)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-5)
@@ -60,7 +79,7 @@ def test_blockwise_in_bfloat16_follows_float32(arrays):
 
 def test_dense_equals_a_loop_over_queries(arrays):
     q, k, v, _, segments = (np.asarray(a, np.float64) for a in arrays)
-    out = jax.jit(by_dense)(*arrays[:3], arrays[4])
+    out = jax.jit(functools.partial(by_dense, scores=SCORES))(*arrays[:3], arrays[4])
     for b, t, h in ((0, 0, 0), (0, 62, 1), (0, 63, 2), (0, 149, 3), (1, 1, 0), (1, 120, 3)):
         first = np.flatnonzero(segments[b] == segments[b, t])[0]
         keys, values = (a[b, first : t + 1, h // (H // K)] for a in (k, v))
@@ -70,8 +89,10 @@ def test_dense_equals_a_loop_over_queries(arrays):
 
 @pytest.mark.parametrize("length", [1, 64, 65, 1024, 1500, 5000])
 def test_blocks_cover_every_query_once_and_stay_few(length):
-    blocks = attention._blocks(length)
-    assert [i for block in blocks for i in range(length)[block]] == list(range(length))
+    blocks = attention._blocks(length, causal=True)
+    assert [i for rows, _ in blocks for i in range(length)[rows]] == list(range(length))
+    assert [seen.stop for _, seen in blocks] == [rows.stop for rows, _ in blocks]
+    assert {seen.stop for _, seen in attention._blocks(length, causal=False)} == {length}
     assert len(blocks) <= 16
 
 
@@ -101,18 +122,32 @@ def test_blockwise_keeps_the_scores_of_one_row_at_a_time():
     assert temporary_bytes(blockwise_attention) < 0.6 * scores
 
 
+def choose(requested, *, length, plain=True):
+    return attention.choose_kernel(
+        requested, plain=plain, softcap=False, dtype=jnp.float32, length=length
+    )
+
+
 @pytest.mark.parametrize("requested", ["dense", "blockwise"])
 def test_a_named_kernel_is_used_where_it_can_be(requested):
-    assert attention.choose_kernel(requested, plain=True, dtype=jnp.float32, length=9) == requested
+    assert (
+        attention.choose_kernel(requested, plain=True, softcap=False, dtype=jnp.float32, length=9)
+        == requested
+    )
 
 
 @pytest.mark.parametrize("requested", ["auto", "dense", "blockwise"])
 def test_what_only_dense_can_do_is_done_by_dense(requested):
-    assert attention.choose_kernel(requested, plain=False, dtype=jnp.float32, length=9) == "dense"
+    assert (
+        attention.choose_kernel(requested, plain=False, softcap=False, dtype=jnp.float32, length=9)
+        == "dense"
+    )
 
 
 def test_auto_takes_blockwise_on_a_cpu_but_not_for_one_query():
-    choose = functools.partial(attention.choose_kernel, "auto", plain=True, dtype=jnp.float32)
+    choose = functools.partial(
+        attention.choose_kernel, "auto", plain=True, softcap=False, dtype=jnp.float32
+    )
     assert choose(length=2) == "blockwise"
     assert choose(length=1) == "dense"
 
@@ -120,7 +155,9 @@ def test_auto_takes_blockwise_on_a_cpu_but_not_for_one_query():
 def test_rows_split_over_devices_are_attended_to_by_dense():
     mesh = jax.make_mesh((2,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):
-        kernel = attention.choose_kernel("blockwise", plain=True, dtype=jnp.float32, length=8)
+        kernel = attention.choose_kernel(
+            "blockwise", plain=True, softcap=False, dtype=jnp.float32, length=8
+        )
     assert kernel == "dense"
 
 

@@ -76,7 +76,7 @@ def test_room_beyond_the_lengths_changes_nothing(tiny, step):
     dirty = cache.replace(keys=garbage)
     for a, b in zip(*(step(c, tiny.tokens[:, 7:8])[0] for c in (cache, dirty)), strict=True):
         np.testing.assert_array_equal(a, b)
-    grown = cache.grow(T + 4)
+    grown = cache.grow(T + 4, tiny.config)
     assert grown.capacity == T + 4
     a, b = (step(c, tiny.tokens[:, 7:8])[0] for c in (cache, grown))
     np.testing.assert_allclose(a, b, **TOLERANCE)
@@ -92,7 +92,7 @@ def test_forked_rows_continue_like_their_origin(tiny, step, whole):
 
 def test_write_puts_each_row_at_its_own_slot_and_drops_what_does_not_fit():
     buffer, new = jnp.zeros((2, 4, 1, 1)), jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(2, 2, 1, 1)
-    written = kv.write(buffer, new, jnp.array([1, 3]))
+    written = kv.write(buffer, new, jnp.array([1, 3]), ring=False)
     np.testing.assert_array_equal(written[:, :, 0, 0], [[0, 1, 2, 0], [0, 0, 0, 3]])
 
 
@@ -117,7 +117,7 @@ def test_a_cache_is_refused_where_it_cannot_be_used(tiny):
     with pytest.raises(ValueError, match="12 tokens do not fit a cache of 4 slots"):
         tiny.model(unstacked, tiny.tokens, cache=cache)
     with pytest.raises(ValueError, match="cannot shrink a cache of 4 slots to 3"):
-        cache.grow(3)
+        cache.grow(3, tiny.config)
 
 
 def test_a_cache_has_the_compute_dtype_and_only_key_value_heads(tiny):

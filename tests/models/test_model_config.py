@@ -24,8 +24,8 @@ def test_the_open_feed_forward_width_is_the_next_multiple_of_32(d_model):
     ("changes", "message"),
     [
         ({"n_layers": 0}, "n_layers=0 must be at least 1"),
-        ({"vocab_size": -5}, "vocab_size=-5 must be at least 1"),
-        ({"n_kv_heads": 0}, "n_kv_heads=0 must be at least 1"),
+        ({"vocab_size": -5}, "vocab_size=-5 must be positive, or None"),
+        ({"n_kv_heads": 0}, "n_kv_heads=0 must be positive"),
         ({"unroll": 0}, "unroll=0 must be at least 1"),
         ({"d_model": 250}, "d_model=250 is not divisible by n_heads=4.*set head_dim"),
         ({"n_kv_heads": 3}, "n_heads=4 is not divisible by n_kv_heads=3"),

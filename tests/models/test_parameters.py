@@ -99,19 +99,6 @@ def test_stack_undoes_unstack(params):
     assert parameters.stack(back)["layers"] is back["layers"]
 
 
-def test_hugging_face_names_are_unique_and_name_every_tensor():
-    config = dataclasses.replace(SMALL, tie_embeddings=False, attention_bias=True)
-    names = []
-    parameters.map_table(
-        config,
-        lambda path, p, stacked: names.extend(
-            p.hf_name.format(layer=i) for i in range(config.n_layers if stacked else 1)
-        ),
-    )
-    assert len(set(names)) == len(names) == 3 + config.n_layers * 12
-    assert "model.layers.2.mlp.down_proj.weight" in names
-
-
 def test_flops_equal_the_count_by_hand_and_the_compilers():
     T = 32
     matrices = 3 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96) + 500 * 64

@@ -94,7 +94,7 @@ def test_parameters_are_split_over_fsdp_and_tensor_and_copied_over_data(mesh):
 
 
 def test_parameters_start_alike_whatever_the_mesh(mesh):
-    parameter = parameters.Parameter((16, 24), ("embed", "mlp"), 0.5, "w")
+    parameter = parameters.Parameter((16, 24), ("embed", "mlp"), 0.5)
     sharding = parameter_shardings(
         parameter.axes, jax.ShapeDtypeStruct((16, 24), jnp.float32), mesh
     )

@@ -13,8 +13,10 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from tokjax.decoding.prompts import Prompts
+from tokjax.models import cache as kv
 from tokjax.models import parameters
 from tokjax.models.cache import Cache
+from tokjax.models.head import from_products
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
 
@@ -91,21 +93,18 @@ class ModelPredictor:
         attention kernel, and never holds probabilities over the whole capacity.
         """
         embedded = self.model.embed(prepared, prompts.tokens)
-        out = self.model.backbone(prepared, embedded, capture={"k", "v"})
-        empty = self.model.init_cache(prompts.tokens.shape[0], 0)
-
-        def buffers(kind: str, like: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            return tuple(out.captured[kind][i].astype(a.dtype) for i, a in enumerate(like))
-
-        # Slots from a row's true length on hold keys of filling: every one of them is overwritten
-        # before the row's queries come that far, so they are never attended.
-        cache = Cache(
-            keys=buffers("k", empty.keys),
-            values=buffers("v", empty.values),
+        mixed = {"resid_post"} if self.model.config.mixer is not None else set()
+        out = self.model.backbone(prepared, embedded, capture={"k", "v"} | mixed)
+        layers = range(self.model.config.n_layers)
+        cache = kv.fill(
+            self.model.init_cache(prompts.tokens.shape[0], capacity),
+            keys=[out.captured["k"][i] for i in layers],
+            values=[out.captured["v"][i] for i in layers],
             lengths=prompts.lengths,
+            mixed=[out.captured["resid_post"][i] for i in layers] if mixed else (),
         )
         last = jnp.take_along_axis(out.x, (prompts.lengths - 1)[:, None, None], axis=1)
-        return cache.grow(capacity), self._say(prepared, last)
+        return cache, self._say(prepared, last)
 
     def step(
         self, prepared: Params, state: Cache, tokens: Int[Array, "B"]
@@ -117,10 +116,11 @@ class ModelPredictor:
         return out.cache, self._say(prepared, out.x)
 
     def _say(self, prepared: Params, x: Float[Array, "B 1 D"]) -> StepOutput:
-        head = prepared.get("transposed_head")
-        if head is None:
+        transposed = prepared.get("transposed_head")
+        if transposed is None:
             return StepOutput(self.model.unembed(prepared, x)[:, 0])
-        return StepOutput(jnp.dot(x[:, 0], head, preferred_element_type=jnp.float32))
+        products = jnp.dot(x[:, 0], transposed, preferred_element_type=jnp.float32)
+        return StepOutput(from_products(self.model.head(prepared), products))
 
 
 def as_predictor(model: Any) -> Predictor:

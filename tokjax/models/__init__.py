@@ -8,7 +8,18 @@ N examples.
 
 from tokjax.models.cache import Cache
 from tokjax.models.config import ModelConfig
-from tokjax.models.edits import Edits
-from tokjax.models.transformer import Output, Transformer
+from tokjax.models.edits import Edits, Suppression, Write
+from tokjax.models.head import Head
+from tokjax.models.transformer import Output, Transformer, padding
 
-__all__ = ["Cache", "Edits", "ModelConfig", "Output", "Transformer"]
+__all__ = [
+    "Cache",
+    "Edits",
+    "Head",
+    "ModelConfig",
+    "Output",
+    "Suppression",
+    "Transformer",
+    "Write",
+    "padding",
+]

@@ -1,35 +1,112 @@
 """Interventions as arrays: what to change inside a forward pass.
 
 Every leaf leads with the layer axis, is scanned together with the weights and may be changed
-without recompiling. A field left None is absent from the compiled program.
+without recompiling. A field left None (or a site left out) is absent from the compiled program.
 """
 
-import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
+
+from tokjax.errors import nearest
+
+SITES = (
+    "resid_pre",  # [B T D] the residual stream before a block
+    "q",  # [B T H d] queries, turned by their positions
+    "k",  # [B T K d] keys of this pass, turned by their positions
+    "v",  # [B T K d] values of this pass
+    "attn_probs",  # [B H T S] attention probabilities
+    "attn_heads",  # [B T H d] what each head found, before the output product
+    "attn_out",  # [B T D] what attention adds, layer gate included
+    "resid_mid",  # [B T D] between attention and feed-forward
+    "mlp_hidden",  # [B T F] the feed-forward's neurons, behind activation and gate
+    "mlp_out",  # [B T D] what the feed-forward adds, layer gate included
+    "resid_post",  # [B T D] the residual stream behind a block
+)
+
+
+@struct.dataclass
+class Write:
+    """Values that replace those of a site where the mask is true.
+
+    Attributes:
+        value: leads with the layer axis, then as the site; axes may be 1.
+        mask: [L B T] (for `attn_probs` [L B H T S]); axes may be 1.
+    """
+
+    value: Float[Array, "L ..."]
+    mask: Bool[Array, "L ..."]
+
+
+@struct.dataclass
+class Suppression:
+    """Keys whose attention scores are overwritten, decided by the attention they get.
+
+    With A the attention probabilities averaged over heads in this very pass, rows are changed for
+    which (`by="row"`) the sum of A over `columns` is above `threshold`: all `columns` of that row;
+    or (`by="column"`) all `rows` are changed, in each of `columns` that gets more than `threshold`
+    from any of them. The causal mask stays; a row that would lose its every key is left alone.
+
+    Attributes:
+        columns: keys (cache slots) that may be suppressed; the batch axis may be 1.
+        rows: queries that may be changed; axes may be 1.
+        threshold: on attention mass; above 1 changes nothing, below 0 all.
+        score: what the scores are replaced by.
+        by: how the threshold is read.
+
+    Reference: LayerCake, arXiv 2507.04404 (concept pass: by="row", threshold 0.05; punctuation
+    pass: by="column", threshold 0.1).
+    """
+
+    columns: Bool[Array, "L B S"]
+    rows: Bool[Array, "L B T"]
+    threshold: Float[Array, "L"]
+    score: Float[Array, "L"]
+    by: Literal["row", "column"] = struct.field(pytree_node=False, default="row")
+
+    def chosen(
+        self, probabilities: Float[Array, "B H T S"], visible: Bool[Array, "B 1 T S"]
+    ) -> Bool[Array, "B T S"]:
+        """Returns which scores of one layer are overwritten (the layer axis is gone here)."""
+        attention = probabilities.mean(axis=1)
+        columns, rows = self.columns[:, None, :], self.rows[:, :, None]
+        if self.by == "row":
+            mass = jnp.where(columns, attention, 0.0).sum(-1, keepdims=True)
+            chosen = columns & (mass > self.threshold)
+        else:
+            in_rows = jnp.where(rows, attention, 0.0).max(axis=1, keepdims=True)
+            chosen = columns & (in_rows > self.threshold)
+        chosen = chosen & rows & visible[:, 0]
+        return chosen & (visible[:, 0] & ~chosen).any(-1, keepdims=True)
 
 
 @struct.dataclass
 class Edits:
-    """Changes to a forward pass, applied in every block in the order of the fields.
+    """Changes to a forward pass.
+
+    Where a site is both added to and written, the addition comes first. With
+    `norm_placement="post"` a block normalises what it is left with, so a gate of 0 is no identity
+    there.
 
     Attributes:
         attention_bias: added to the attention scores before the softmax, -inf excludes; heads and
             rows may be 1. A query whose every key is excluded attends to nothing.
+        suppression: keys whose scores are overwritten, by the attention they get.
         layer_gate: multiplies what a block adds to the residual stream; 0 skips the block. The
             batch and token axes may be 1.
-        residual_add: added to the residual stream behind the block (steering); the batch and token
-            axes may be 1.
-        write: replaces the residual stream behind the block where `write_mask` is true (patching).
-        write_mask: where `write` applies; the batch and token axes may be 1.
+        add: site -> values added there (steering); leads with the layer axis, axes may be 1.
+        write: site -> values that replace what is there (patching, transplants).
     """
 
     attention_bias: Float[Array, "L B H T S"] | None = None
+    suppression: Suppression | None = None
     layer_gate: Float[Array, "L B T"] | None = None
-    residual_add: Float[Array, "L B T D"] | None = None
-    write: Float[Array, "L B T D"] | None = None
-    write_mask: Bool[Array, "L B T"] | None = None
+    add: Mapping[str, Float[Array, "L ..."]] = struct.field(default_factory=dict)
+    write: Mapping[str, Write] = struct.field(default_factory=dict)
 
     def check(self, n_layers: int) -> None:
         """Refuses edits that cannot be meant for a model of so many blocks.
@@ -37,15 +114,39 @@ class Edits:
         Not done when they are made: `vmap` and `tree.map` make trees of this type out of anything.
 
         Raises:
-            ValueError: `write` without `write_mask` or the reverse; a leaf without the layer axis.
+            ValueError: an unknown site; a `write` that is no `Write`; a leaf without layer axis.
         """
-        if (self.write is None) != (self.write_mask is None):
-            raise ValueError("Edits.write and Edits.write_mask go together: give both or neither")
-        for field in dataclasses.fields(self):
-            leaf = getattr(self, field.name)
+        for field in ("add", "write"):
+            for site, value in getattr(self, field).items():
+                if site not in SITES:
+                    raise ValueError(f"Edits.{field}: unknown site {site!r}.{nearest(site, SITES)}")
+                if field == "write" and not isinstance(value, Write):
+                    raise ValueError(f"Edits.write[{site!r}] must be a Write(value, mask)")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self):
             # An index beyond the end would silently take the last layer's edit.
-            if leaf is not None and leaf.shape[0] != n_layers:
+            if jnp.ndim(leaf) == 0 or leaf.shape[0] != n_layers:
                 raise ValueError(
-                    f"Edits.{field.name} has shape {leaf.shape}: its first axis must be the "
-                    f"model's {n_layers} layers"
+                    f"Edits{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}: its first "
+                    f"axis must be the model's {n_layers} layers"
                 )
+
+    @property
+    def attention_scores(self) -> bool:
+        """Whether scores or probabilities are changed, which fused kernels cannot do."""
+        changed = "attn_probs" in self.add or "attn_probs" in self.write
+        return self.attention_bias is not None or self.suppression is not None or changed
+
+    def at(self, site: str, value: jax.Array) -> jax.Array:
+        """Returns a site's value in one layer, edited (the layer axis is gone here)."""
+        if site in self.add:
+            value = value + self.add[site].astype(value.dtype)
+        if site in self.write:
+            write = self.write[site]
+            mask = write.mask.reshape(write.mask.shape + (1,) * (value.ndim - write.mask.ndim))
+            value = jnp.where(mask, write.value.astype(value.dtype), value)
+        return value
+
+
+def layer_of(edits: Any, layer: int) -> Any:
+    """Returns the edits of one layer."""
+    return jax.tree.map(lambda leaf: leaf[layer], edits)

@@ -1,40 +1,104 @@
-"""The parts of a block: norm, rotary positions, attention and feed-forward, as Flax modules."""
+"""The parts of a block: norms, attention and feed-forward, as functions of their weights."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
 from tokjax.models import attention as attn
 from tokjax.models import cache as kv
 from tokjax.models.config import ModelConfig
-from tokjax.models.parameters import block_table
+from tokjax.models.parameters import NORMS, Parameter
+from tokjax.models.rotary import Tables, rotate
+
+Weights = Mapping[str, jax.Array]
+Site = Callable[[str, jax.Array], jax.Array]  # applies a site's edits and captures it
+
+ACTIVATIONS: Mapping[str, Callable] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+}
 
 
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Any:
-    """Returns x over its root mean square, times `scale`; computed in float32."""
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+@struct.dataclass
+class LayerCache:
+    """What one layer has of a cache.
+
+    Attributes:
+        keys: of earlier tokens.
+        values: likewise.
+        mixed: earlier inputs of the token mixer, or None.
+        lengths: number of earlier tokens in each row.
+        capacity: most tokens a row may have.
+    """
+
+    keys: kv.Buffer
+    values: kv.Buffer
+    mixed: kv.Buffer | None
+    lengths: Int[Array, "B"]
+    capacity: int = struct.field(pytree_node=False)
 
 
-def rotary_tables(
-    positions: Int[Array, "B T"], width: int, theta: float
-) -> tuple[Float[Array, "B T 1 d/2"], Float[Array, "B T 1 d/2"]]:
-    """Returns the cosines and sines of the rotary angles (Su et al. 2021, arXiv 2104.09864)."""
-    frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+@struct.dataclass
+class Context:
+    """What all parts of one layer are told beside their input.
+
+    Attributes:
+        rotary: cosines and sines of this layer, or None.
+        segments: tokens attend within their own, or None.
+        window: number of keys a query sees, or None for all.
+        index: which layer this is.
+        bias: the model's own addition to attention scores, or None.
+    """
+
+    rotary: Tables | None
+    segments: Int[Array, "B T"] | None
+    window: Any
+    index: Any
+    bias: Float[Array, "B H T S"] | None = None
 
 
-def rotate(x: Float[Array, "B T H d"], tables) -> Float[Array, "B T H d"]:
-    """Returns x turned by its position; the pairs are (i, i + d/2), as in Hugging Face's Llama."""
-    cos, sin = tables
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+class Part(nn.Module):
+    """The parameters of one part of a block, as its table says.
+
+    All but those of norms, which are applied in float32, are cast to the compute dtype.
+    """
+
+    config: ModelConfig
+    table: Mapping[str, Parameter]
+
+    @nn.compact
+    def __call__(self) -> dict[str, jax.Array]:
+        """Returns the weights by name."""
+        dtype = jnp.dtype(self.config.dtype)
+        param_dtype = jnp.dtype(self.config.param_dtype)
+        found = {
+            name: self.param(name, lambda key, p=p: p.initialise(key, param_dtype))
+            for name, p in self.table.items()
+        }
+        return {name: w if name in NORMS else w.astype(dtype) for name, w in found.items()}
+
+
+def norm(
+    config: ModelConfig, w: Weights, x: Float[Array, "... D"], name: str = "norm"
+) -> Float[Array, "... D"]:
+    """Returns x normalised as the model does it, with the weights `name`; computed in float32."""
+    wide, scale = x.astype(jnp.float32), w[name].astype(jnp.float32)
+    if config.norm_plus_one:
+        scale = 1.0 + scale
+    if config.norm == "layer":
+        wide = wide - wide.mean(axis=-1, keepdims=True)
+    squares = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    out = wide * jax.lax.rsqrt(squares + config.norm_eps) * scale
+    if f"{name}_bias" in w:
+        out = out + w[f"{name}_bias"].astype(jnp.float32)
+    return out.astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -60,84 +124,98 @@ def _matmul_backward(saved, d_y):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-class _Part(nn.Module):
-    """A module whose parameters are one part of the block's table.
+def linear(w: Weights, name: str, x: Float[Array, "B T N"]) -> Float[Array, "B T M"]:
+    """Returns x times the matrix `name`, plus its bias where the weights have one."""
+    y = matmul(x, w[name])
+    bias = w.get(f"{name}_bias")
+    return y if bias is None else y + bias
 
-    All but the norm's scale, which is applied in float32, are cast to the compute dtype.
+
+def self_attention(
+    config: ModelConfig,
+    w: Weights,
+    x: Float[Array, "B T D"],
+    context: Context,
+    edits: Any,
+    cached: LayerCache | None,
+    site: Site,
+    wants_probabilities: bool,
+) -> tuple[Float[Array, "B T D"], tuple[kv.Buffer, kv.Buffer] | None]:
+    """Returns what attention says of normed x, and the layer's new key and value buffers."""
+    B, T, _ = x.shape
+    heads = lambda name, n: linear(w, name, x).reshape(B, T, n, config.head_width)  # noqa: E731
+    q, k, v = (
+        heads(name, n)
+        for name, n in zip(
+            ("query", "key", "value"), (config.n_heads, *2 * [config.kv_heads]), strict=True
+        )
+    )
+    if config.qk_norm:
+        q, k = norm(config, w, q, "query_norm"), norm(config, w, k, "key_norm")
+    if context.rotary is not None:
+        q, k = rotate(q, context.rotary), rotate(k, context.rotary)
+    q, k, v = site("q", q), site("k", k), site("v", v)
+
+    scores = attn.Scores(config.score_scale, config.attention_softcap, config.causal)
+    plain = (
+        cached is None
+        and context.bias is None
+        and not edits.attention_scores
+        and not wants_probabilities
+    )
+    kernel = attn.choose_kernel(
+        config.attention,
+        plain=plain,
+        softcap=scores.softcap is not None,
+        dtype=q.dtype,
+        length=T,
+    )
+    buffers = None
+    if plain and kernel != "dense":
+        out = attn.self_attention(q, k, v, context.segments, context.window, scores, kernel)
+    else:
+        start, keys = jnp.zeros(B, jnp.int32), jnp.broadcast_to(jnp.arange(T), (B, T))
+        if cached is not None:
+            start = cached.lengths
+            buffers, (k, v), keys = _extend(cached, k, v)
+        mask = attn.visible_keys(
+            start[:, None] + jnp.arange(T),
+            keys,
+            context.window,
+            causal=config.causal,
+            query_segments=context.segments,
+            key_segments=context.segments,
+        )
+        out, probabilities = attn.dense_attention(q, k, v, mask, scores, edits, context.bias)
+        if wants_probabilities:
+            site("attn_probs", probabilities)
+    out = site("attn_heads", out)
+    return linear(w, "out", out.reshape(B, T, -1)), buffers
+
+
+def _extend(cached: LayerCache, k: jax.Array, v: jax.Array):
+    """Returns the buffers with new keys and values, their contents, and the place of each slot."""
+    B, T = k.shape[:2]
+    slots = jax.tree.leaves(cached.keys)[0].shape[1]
+    ring = slots < cached.capacity
+    keys = kv.write(cached.keys, k, cached.lengths, ring=ring)
+    values = kv.write(cached.values, v, cached.lengths, ring=ring)
+    places = jnp.broadcast_to(jnp.arange(slots), (B, slots))
+    if ring:
+        places = kv.token_of_slot(slots, cached.lengths + T)
+    return (keys, values), (kv.read(keys, k.dtype), kv.read(values, v.dtype)), places
+
+
+def feed_forward(
+    config: ModelConfig, w: Weights, x: Float[Array, "B T D"], site: Site
+) -> Float[Array, "B T D"]:
+    """Returns what the feed-forward says of normed x.
+
+    Reference: with a gate, Shazeer 2020, arXiv 2002.05202.
     """
-
-    config: ModelConfig
-
-    def weights(self, part: str) -> dict[str, jax.Array]:
-        dtype = jnp.dtype(self.config.dtype)
-        param_dtype = jnp.dtype(self.config.param_dtype)
-        found = {
-            name: self.param(name, lambda key, p=p: p.initialise(key, param_dtype))
-            for name, p in block_table(self.config)[part].items()
-        }
-        return {name: w if name == "norm" else w.astype(dtype) for name, w in found.items()}
-
-
-class Attention(_Part):
-    """Norm, projections, rotary positions, causal attention, output projection."""
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        rotary: Any,
-        segments: Int[Array, "B T"] | None,
-        cached: tuple[jax.Array, jax.Array, jax.Array] | None,
-        bias: Float[Array, "B H T S"] | None,
-        want: frozenset[str],
-    ) -> tuple[Float[Array, "B T D"], tuple[jax.Array, jax.Array] | None, dict[str, jax.Array]]:
-        """Returns the output, the layer's new cache buffers, and what was captured."""
-        config, w = self.config, self.weights("attention")
-        B, T, _ = x.shape
-        h = rms_norm(x, w["norm"], config.norm_eps)
-
-        def project(name: str, heads: int) -> jax.Array:
-            y = matmul(h, w[name])
-            if config.attention_bias:
-                y = y + w[f"{name}_bias"]
-            return y.reshape(B, T, heads, config.head_width)
-
-        q = rotate(project("query", config.n_heads), rotary)
-        k = rotate(project("key", config.kv_heads), rotary)
-        v = project("value", config.kv_heads)
-        captured = {name: a for name, a in (("q", q), ("k", k), ("v", v)) if name in want}
-
-        plain = cached is None and bias is None and "attn_probs" not in want
-        kernel = attn.choose_kernel(config.attention, plain=plain, dtype=q.dtype, length=T)
-        buffers = None
-        if plain and kernel != "dense":
-            out = attn.self_attention(q, k, v, segments, kernel)
-        else:
-            start = jnp.zeros(B, jnp.int32)
-            if cached is not None:
-                start = cached[2]
-                k, v = kv.write(cached[0], k, start), kv.write(cached[1], v, start)
-                buffers = (k, v)
-            query_slots = start[:, None] + jnp.arange(T)
-            key_slots = jnp.broadcast_to(jnp.arange(k.shape[1]), (B, k.shape[1]))
-            mask = attn.causal_mask(query_slots, key_slots, segments, segments)
-            dtype = q.dtype
-            out, probabilities = attn.dense_attention(
-                q, k.astype(dtype), v.astype(dtype), mask, bias
-            )
-            if "attn_probs" in want:
-                captured["attn_probs"] = probabilities
-        return out.reshape(B, T, -1) @ w["out"], buffers, captured
-
-
-class FeedForward(_Part):
-    """Norm and gated feed-forward (Shazeer 2020, arXiv 2002.05202)."""
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Returns what the feed-forward adds to the residual stream."""
-        w = self.weights("mlp")
-        h = rms_norm(x, w["norm"], self.config.norm_eps)
-        gate = jax.nn.silu if self.config.activation == "silu" else jax.nn.gelu
-        return matmul(gate(matmul(h, w["gate"])) * matmul(h, w["up"]), w["down"])
+    activation = ACTIVATIONS[config.activation]
+    if config.gated:
+        hidden = activation(linear(w, "gate", x)) * linear(w, "up", x)
+    else:
+        hidden = activation(linear(w, "up", x))
+    return linear(w, "down", site("mlp_hidden", hidden))

@@ -1,4 +1,4 @@
-"""One table per model: shape, logical axes, initialiser and Hugging Face name of each parameter.
+"""One table per model: shape, logical axes and initialiser of each parameter.
 
 Initialisation, sharding, restoring and conversion all read this table, so they cannot disagree.
 Parameters are a nested dict; the blocks' parameters are stacked along a leading layer axis.
@@ -16,6 +16,10 @@ from tokjax.models.config import ModelConfig
 
 Params = Mapping[str, Any]
 
+# Applied in float32 whatever the compute dtype is.
+_NORMS = ("norm", "post_norm", "query_norm", "key_norm", "embedding_norm")
+NORMS = frozenset([*_NORMS, *(f"{name}_bias" for name in _NORMS)])
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -25,15 +29,11 @@ class Parameter:
         shape: without the layer axis.
         axes: the logical name of each axis, mapped to mesh axes by `tokjax.parallel.rules`.
         std: standard deviation of the initial normal distribution; None means all ones, 0 zeros.
-        hf_name: name of the tensor in a Hugging Face checkpoint; `{layer}` stands for the block.
-        transposed: Hugging Face stores (output, input), tokjax (input, output).
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     std: float | None
-    hf_name: str
-    transposed: bool = False
 
     def initialise(self, key: jax.Array, dtype: Any) -> jax.Array:
         """Returns an initial value."""
@@ -44,6 +44,14 @@ class Parameter:
         return (self.std * jax.random.normal(key, self.shape)).astype(dtype)
 
 
+def _norm(config: ModelConfig, name: str = "norm", width: int | None = None) -> dict:
+    shape = (config.d_model if width is None else width,)
+    found = {name: Parameter(shape, (None,), 0 if config.norm_plus_one else None)}
+    if config.norm_bias:
+        found[f"{name}_bias"] = Parameter(shape, (None,), 0)
+    return found
+
+
 def block_table(config: ModelConfig) -> dict[str, dict[str, Parameter]]:
     """Returns the parameters of one block, by part and name."""
     D, d, F = config.d_model, config.head_width, config.ff_width
@@ -51,47 +59,74 @@ def block_table(config: ModelConfig) -> dict[str, dict[str, Parameter]]:
     # Matrices that write to the residual stream start smaller, so that its variance does not
     # grow with depth (Radford et al. 2019, section 2.3).
     depth = (2 * config.n_layers) ** -0.5
-    at, ff = "model.layers.{layer}.self_attn", "model.layers.{layer}.mlp"
 
-    def norm(name: str) -> Parameter:
-        return Parameter((D,), (None,), None, f"model.layers.{{layer}}.{name}.weight")
+    def matrix(rows: int, columns: int, axes: tuple, scale: float = 1.0) -> Parameter:
+        return Parameter((rows, columns), axes, scale * rows**-0.5)
 
-    def matrix(rows, columns, axes, name, scale=1.0) -> Parameter:
-        return Parameter((rows, columns), axes, scale * rows**-0.5, f"{name}.weight", True)
+    def bias(width: int, axis: str | None) -> Parameter:
+        return Parameter((width,), (axis,), 0)
 
-    attention = {
-        "norm": norm("input_layernorm"),
-        "query": matrix(D, H, ("embed", "heads"), f"{at}.q_proj"),
-        "key": matrix(D, K, ("embed", "kv_heads"), f"{at}.k_proj"),
-        "value": matrix(D, K, ("embed", "kv_heads"), f"{at}.v_proj"),
-        "out": matrix(H, D, ("heads", "embed"), f"{at}.o_proj", depth),
+    attention = _norm(config) | {
+        "query": matrix(D, H, ("embed", "heads")),
+        "key": matrix(D, K, ("embed", "kv_heads")),
+        "value": matrix(D, K, ("embed", "kv_heads")),
+        "out": matrix(H, D, ("heads", "embed"), depth),
     }
+    mlp = _norm(config) | {
+        "up": matrix(D, F, ("embed", "mlp")),
+        "down": matrix(F, D, ("mlp", "embed"), depth),
+    }
+    if config.gated:
+        mlp["gate"] = matrix(D, F, ("embed", "mlp"))
     if config.attention_bias:
         attention |= {
-            "query_bias": Parameter((H,), ("heads",), 0, f"{at}.q_proj.bias"),
-            "key_bias": Parameter((K,), ("kv_heads",), 0, f"{at}.k_proj.bias"),
-            "value_bias": Parameter((K,), ("kv_heads",), 0, f"{at}.v_proj.bias"),
+            "query_bias": bias(H, "heads"),
+            "key_bias": bias(K, "kv_heads"),
+            "value_bias": bias(K, "kv_heads"),
         }
-    mlp = {
-        "norm": norm("post_attention_layernorm"),
-        "gate": matrix(D, F, ("embed", "mlp"), f"{ff}.gate_proj"),
-        "up": matrix(D, F, ("embed", "mlp"), f"{ff}.up_proj"),
-        "down": matrix(F, D, ("mlp", "embed"), f"{ff}.down_proj", depth),
-    }
-    return {"attention": attention, "mlp": mlp}
+    if config.out_bias:
+        attention["out_bias"] = bias(D, None)
+    if config.qk_norm:
+        plain = 0 if config.norm_plus_one else None
+        attention |= {name: Parameter((d,), (None,), plain) for name in ("query_norm", "key_norm")}
+    if config.mlp_bias:
+        mlp |= {"up_bias": bias(F, "mlp"), "down_bias": bias(D, None)}
+        if config.gated:
+            mlp["gate_bias"] = bias(F, "mlp")
+    if config.norm_placement == "both":
+        attention |= _norm(config, "post_norm")
+        mlp |= _norm(config, "post_norm")
+    blocks = {"attention": attention, "mlp": mlp}
+    if config.mixer is not None:
+        blocks["mixer"] = dict(config.mixer.parameters(D))
+    return blocks
 
 
 def table(config: ModelConfig) -> dict[str, Any]:
     """Returns the whole model's parameters; those under `layers` gain a leading layer axis."""
-    D, V = config.d_model, config.vocabulary
+    D, V, E = config.d_model, config.vocabulary, config.table_width
     embedding = ("vocab", "embed")
+    std = config.init_scale
     tree: dict[str, Any] = {
-        "embedding": Parameter((V, D), embedding, config.init_scale, "model.embed_tokens.weight"),
+        "embedding": Parameter((V, E), embedding, std),
         "layers": block_table(config),
-        "norm": Parameter((D,), (None,), None, "model.norm.weight"),
     }
+    if config.positions == "learned":
+        rows = config.max_positions + config.position_offset
+        tree["position_embedding"] = Parameter((rows, D), (None, "embed"), std)
+    if config.token_types:
+        tree["type_embedding"] = Parameter((config.token_types, D), (None, "embed"), std)
+    if config.embedding_norm:
+        tree |= _norm(config, "embedding_norm")
+    if config.final_norm:
+        tree |= _norm(config)
+    if config.embedding_width is not None:
+        tree["embedding_in"] = Parameter((E, D), (None, "embed"), E**-0.5)
+        tree["embedding_out"] = Parameter((D, E), ("embed", None), D**-0.5)
     if not config.tie_embeddings:
-        tree["head"] = Parameter((V, D), embedding, D**-0.5, "lm_head.weight")
+        tree["head"] = Parameter((V, E), embedding, E**-0.5)
+    if config.head_bias:
+        tree["head_bias"] = Parameter((V,), ("vocab",), 0)
     return tree
 
 
@@ -133,7 +168,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
     def add(path: str, parameter: Parameter, stacked: bool) -> None:
         names = path.split("/")
-        part = "norms" if names[-1] == "norm" else names[1] if stacked else names[0]
+        part = "norms" if names[-1] in NORMS else names[1] if stacked else names[0]
         size = 1
         for n in parameter.shape:
             size *= n

@@ -1,4 +1,4 @@
-"""The decoder: embed -> backbone -> unembed, pure functions of (params, inputs)."""
+"""The transformer: embed -> backbone -> unembed, pure functions of (params, inputs)."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,31 +8,25 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tokjax.errors import nearest
 from tokjax.models import attention, parameters
 from tokjax.models import cache as kv
 from tokjax.models.cache import Cache
 from tokjax.models.config import ModelConfig
-from tokjax.models.edits import Edits
-from tokjax.models.layers import Attention, FeedForward, rms_norm, rotary_tables
+from tokjax.models.edits import SITES, Edits, layer_of
+from tokjax.models.head import Head, logits
+from tokjax.models.layers import Context, LayerCache, Part, feed_forward, norm, self_attention
+from tokjax.models.mixing import TokenMixer, with_history
 from tokjax.models.parameters import Params
+from tokjax.models.rotary import Tables, rotary_tables
 from tokjax.parallel.rules import constrain
 
-SITES = (
-    "resid_pre",  # [B T D] the residual stream before a block
-    "q",  # [B T H d] queries, turned by their positions
-    "k",  # [B T K d] keys of this pass, turned by their positions
-    "v",  # [B T K d] values of this pass
-    "attn_probs",  # [B H T S] attention probabilities
-    "attn_out",  # [B T D] what attention adds, layer gate included
-    "resid_mid",  # [B T D] between attention and feed-forward
-    "mlp_out",  # [B T D] what the feed-forward adds, layer gate included
-    "resid_post",  # [B T D] the residual stream behind a block, edits included
-)
 _ACTIVATION = ("batch", "tokens", None)
+_NO_WINDOW = np.iinfo(np.int32).max
 
 
 @struct.dataclass
@@ -51,38 +45,83 @@ class Output:
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each added to the residual stream."""
+    """One layer: attention and feed-forward, each added to the residual stream."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, edits: Edits, cached, *, rotary, segments, want: frozenset[str]):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        edits: Edits,
+        cached: LayerCache | None,
+        context: Context,
+        want: frozenset[str],
+    ) -> tuple[Float[Array, "B T D"], tuple | None, dict[str, jax.Array]]:
         """Returns (x, the layer's new cache buffers, what was captured)."""
-        captured = {"resid_pre": x}
-        attended, buffers, inner = Attention(self.config, name="attention")(
-            x, rotary=rotary, segments=segments, cached=cached, bias=edits.attention_bias, want=want
+        config, captured = self.config, {}
+        weights = {
+            part: Part(config, table, name=part)()
+            for part, table in parameters.block_table(config).items()
+        }
+        at, ff = weights["attention"], weights["mlp"]
+        before, behind = config.norm_placement != "post", config.norm_placement == "both"
+
+        def site(name: str, value: jax.Array) -> jax.Array:
+            # attn_probs are edited where they arise; here they are only captured.
+            value = value if name == "attn_probs" else edits.at(name, value)
+            if name in want:
+                captured[name] = value
+            return value
+
+        def added(name: str, w: Mapping[str, jax.Array], value: jax.Array) -> jax.Array:
+            if behind:
+                value = norm(config, w, value, "post_norm")
+            if edits.layer_gate is not None:
+                value = value * edits.layer_gate[..., None].astype(value.dtype)
+            return site(name, value)
+
+        x = site("resid_pre", x)
+        entered = x
+        attended, buffers = self_attention(
+            config,
+            at,
+            norm(config, at, x) if before else x,
+            context,
+            edits,
+            cached,
+            site,
+            "attn_probs" in want,
         )
-        gate = None
-        if edits.layer_gate is not None:
-            gate = edits.layer_gate[..., None].astype(x.dtype)
-        captured["attn_out"] = attended if gate is None else attended * gate
-        x = x + captured["attn_out"]
-        captured["resid_mid"] = x
-        out = FeedForward(self.config, name="mlp")(x)
-        captured["mlp_out"] = out if gate is None else out * gate
-        x = x + captured["mlp_out"]
-        if edits.residual_add is not None:
-            x = x + edits.residual_add.astype(x.dtype)
-        if edits.write is not None and edits.write_mask is not None:
-            x = jnp.where(edits.write_mask[..., None], edits.write.astype(x.dtype), x)
-        x = constrain(x, _ACTIVATION)
-        captured["resid_post"] = x
-        return x, buffers, {k: v for k, v in (captured | inner).items() if k in want}
+        x = x + added("attn_out", at, attended)
+        x = site("resid_mid", x if before else norm(config, at, x))
+        read = entered if config.parallel_residual else x
+        out = feed_forward(config, ff, norm(config, ff, read) if before else read, site)
+        x = x + added("mlp_out", ff, out)
+        x = x if before else norm(config, ff, x)
+        x = constrain(site("resid_post", x), _ACTIVATION)
+        if config.mixer is not None:
+            mixer = config.mixer
+            x, mixed = _mix(mixer, x, weights["mixer"], cached, context, config.n_layers)
+            buffers = None if buffers is None else (*buffers, mixed)
+        return x, buffers, captured
+
+
+def _mix(mixer: TokenMixer, x, weights, cached: LayerCache | None, context: Context, n_layers: int):
+    """Returns x behind the token mixer, and the cache of the mixer's inputs."""
+    before, exists, buffer = None, None, None
+    if cached is not None and cached.mixed is not None:
+        before, exists = kv.latest(cached.mixed, mixer.reach, cached.lengths, x.dtype)
+        before = before[:, :, 0]
+        buffer = kv.write(cached.mixed, x[:, :, None], cached.lengths, ring=False)
+    inputs, segments = with_history(x, context.segments, before, exists, mixer.reach)
+    mixed = mixer(inputs, segments, weights, context.index, n_layers)
+    return mixed.astype(x.dtype), buffer
 
 
 @dataclass(frozen=True)
 class Transformer:
-    """A decoder-only language model; parameters are an argument of every method.
+    """A stack of blocks between embeddings and an output head; parameters are always arguments.
 
     `params["layers"]` stacked along a leading axis is run by `lax.scan` (compile time does not
     grow with depth); a tuple of per-layer trees (`parameters.unstack`) is unrolled, which decodes
@@ -95,22 +134,45 @@ class Transformer:
         """Returns initial parameters."""
         return parameters.init_parameters(self.config, key)
 
-    def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Returns the embeddings of tokens, in the compute dtype."""
+    def embed(
+        self, params: Params, tokens: Int[Array, "B T"], types: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Returns the embeddings of tokens, in the compute dtype; positions come in the backbone.
+
+        Args:
+            params: the model's.
+            tokens: ids.
+            types: segment types, for models that have them; default 0.
+        """
+        dtype = jnp.dtype(self.config.dtype)
         # Cast behind the look-up: the backward pass then adds up a token's gradients in float32.
-        x = jnp.take(params["embedding"], tokens, axis=0)
-        return constrain(x.astype(jnp.dtype(self.config.dtype)), _ACTIVATION)
+        x = jnp.take(params["embedding"], tokens, axis=0).astype(dtype)
+        if self.config.embedding_scale is not None:
+            x = x * jnp.asarray(self.config.embedding_scale, dtype)
+        if self.config.embedding_width is not None:
+            x = x @ params["embedding_in"].astype(dtype)
+        if self.config.token_types:
+            types = jnp.zeros_like(tokens) if types is None else types
+            x = x + jnp.take(params["type_embedding"], types, axis=0).astype(dtype)
+        return constrain(x, _ACTIVATION)
+
+    def head(self, params: Params) -> Head:
+        """Returns the output head, in the compute dtype: what `tokjax.signals` score tokens by."""
+        table = params["embedding"] if self.config.tie_embeddings else params["head"]
+        return Head(
+            table.astype(jnp.dtype(self.config.dtype)),
+            bias=params["head_bias"] if self.config.head_bias else None,
+            softcap=self.config.logit_softcap,
+        )
 
     def unembedding(self, params: Params) -> Float[Array, "V D"]:
-        """Returns the output head as a table of one row per token id, in the compute dtype."""
-        table = params["embedding"] if self.config.tie_embeddings else params["head"]
-        return table.astype(jnp.dtype(self.config.dtype))
+        """Returns the output head's table alone, one row per token id, in the compute dtype."""
+        return self.head(params).table
 
     def unembed(self, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns float32 logits. Training uses `signals.token_stats` instead: no [B, T, V]."""
-        return jnp.einsum(
-            "btd,vd->btv", x, self.unembedding(params), preferred_element_type=jnp.float32
-        )
+        B, T, D = x.shape
+        return logits(self.head(params), x.reshape(B * T, D)).reshape(B, T, -1)
 
     def backbone(
         self,
@@ -128,8 +190,9 @@ class Transformer:
         Args:
             params: stacked or unstacked parameters.
             x: embeddings in the compute dtype.
-            positions: rotary positions; default 0, 1, ... from each row's cached length.
-            segments: tokens attend within their own segment only; default one segment a row.
+            positions: of the tokens; default 0, 1, ... from each row's cached length.
+            segments: tokens attend within their own segment only; default one segment a row. For
+                padded rows see `padding`.
             cache: keys and values of earlier tokens; x continues each row from its length.
             edits: interventions; every leaf leads with the layer axis.
             capture: sites to return, stacked over layers; a mapping gives each a function
@@ -137,58 +200,64 @@ class Transformer:
 
         Raises:
             ValueError: an unknown site; a cache with segments, with stacked parameters or with
-                fewer slots than tokens; edits of another number of layers.
+                fewer slots than tokens; edits of another number of layers; more tokens than
+                learned positions.
         """
+        config, edits = self.config, edits or Edits()
+        edits.check(config.n_layers)
         reduce = dict(capture) if isinstance(capture, Mapping) else dict.fromkeys(capture)
         for site in reduce:
             if site not in SITES:
                 raise ValueError(f"unknown capture site {site!r}.{nearest(site, SITES)}")
-        if cache is not None and segments is not None:
-            raise ValueError("a cached pass holds one sequence a row: give no segments")
-        layers, edits = params["layers"], edits or Edits()
-        edits.check(self.config.n_layers)
         B, T, _ = x.shape
-        if cache is not None and not isinstance(layers, tuple):
-            raise ValueError("a cached pass needs unstacked parameters: parameters.unstack(params)")
-        if cache is not None and cache.capacity < T:
-            raise ValueError(f"{T} tokens do not fit a cache of {cache.capacity} slots: grow it")
+        if cache is not None:
+            self._check_cache(params, cache, segments, T)
         if positions is None:
             start = jnp.zeros((B, 1), jnp.int32) if cache is None else cache.lengths[:, None]
             positions = start + jnp.arange(T)
-        rotary = rotary_tables(positions, self.config.head_width, self.config.rope_theta)
-        apply = self._block(rotary, segments, reduce)
-        if isinstance(layers, tuple):
-            x, cache, captured = _unrolled(apply, layers, x, edits, cache)
+        x = self._enter(params, x, positions)
+        layers = _Layers(config, positions, segments, reduce)
+        if isinstance(params["layers"], tuple):
+            x, cache, captured = layers.unrolled(params["layers"], x, edits, cache)
         else:
+            x, captured = layers.scanned(params["layers"], x, edits)
+        if config.final_norm:
+            x = norm(config, params, x)
+        if config.embedding_width is not None:
+            x = x @ params["embedding_out"].astype(x.dtype)
+        return Output(x, cache, captured)
 
-            def step(x, layer):
-                # `None` stands for the cache, which a scanned pass does not have.
-                x, _, captured = apply(layer[0], x, layer[1], None)
-                return x, captured
-
-            x, captured = jax.lax.scan(step, x, (layers, edits), unroll=self.config.unroll)
-        return Output(rms_norm(x, params["norm"], self.config.norm_eps), cache, captured)
-
-    def _block(self, rotary, segments, reduce):
-        """Returns (weights, x, edits, cached) -> (x, buffers, captured), with remat applied."""
-        module, want = Block(self.config, parent=None), frozenset(reduce)
-
-        def apply(weights, x, edits, cached):
-            x, buffers, captured = module.apply(  # type: ignore[misc]
-                {"params": weights}, x, edits, cached, rotary=rotary, segments=segments, want=want
+    def _check_cache(self, params: Params, cache: Cache, segments: Any, tokens: int) -> None:
+        if segments is not None:
+            raise ValueError("a cached pass holds one sequence a row: give no segments")
+        if not isinstance(params["layers"], tuple):
+            raise ValueError("a cached pass needs unstacked parameters: parameters.unstack(params)")
+        if not self.config.causal:
+            raise ValueError("an encoder's tokens see each other: it cannot run beside a cache")
+        if cache.capacity < tokens:
+            raise ValueError(
+                f"{tokens} tokens do not fit a cache of {cache.capacity} slots: grow it"
             )
-            return x, buffers, {k: (reduce[k] or (lambda v: v))(v) for k, v in captured.items()}
-
-        if self.config.remat == "block":
-            return jax.checkpoint(apply)
-        if self.config.remat == "elementwise":
-            policies = jax.checkpoint_policies
-            keep = policies.save_from_both_policies(
-                policies.dots_with_no_batch_dims_saveable,
-                policies.save_only_these_names(attention.SAVED),
+        if self.config.sliding_window is not None and tokens > cache.chunk:
+            raise ValueError(
+                f"{tokens} tokens in one pass would overwrite keys that they see: this cache was "
+                f"made for {cache.chunk} at a time; give init_cache chunk={tokens}"
             )
-            return jax.checkpoint(apply, policy=keep)
-        return apply
+        if self.config.mixer is not None and not cache.mixed:
+            raise ValueError("this model has a token mixer: give init_cache mixer=True")
+
+    def _enter(self, params: Params, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Returns what the first block reads: embeddings with learned positions, normalised."""
+        config = self.config
+        if config.positions == "learned":
+            if x.shape[1] > config.max_positions:
+                raise ValueError(
+                    f"{x.shape[1]} tokens, but the model has learned "
+                    f"max_positions={config.max_positions} positions: shorten the input"
+                )
+            rows = positions + config.position_offset
+            x = x + jnp.take(params["position_embedding"], rows, axis=0).astype(x.dtype)
+        return norm(config, params, x, "embedding_norm") if config.embedding_norm else x
 
     def __call__(
         self, params: Params, tokens: Int[Array, "B T"], **backbone: Any
@@ -197,29 +266,120 @@ class Transformer:
         out = self.backbone(params, self.embed(params, tokens), **backbone)
         return self.unembed(params, out.x), out
 
-    def init_cache(self, batch: int, capacity: int) -> Cache:
-        """Returns an empty cache."""
-        return kv.init_cache(self.config, batch, capacity)
+    def init_cache(self, batch: int, capacity: int, dtype: Any = None, *, chunk: int = 1) -> Cache:
+        """Returns an empty cache; see `cache.init_cache`."""
+        mixer = self.config.mixer is not None
+        return kv.init_cache(self.config, batch, capacity, dtype, chunk=chunk, mixer=mixer)
 
     def abstract_params(self) -> dict[str, Any]:
         """Returns the shapes and dtypes of the parameters."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
 
-def _unrolled(apply, layers, x, edits: Edits, cache: Cache | None):
-    keys, values, captured = [], [], []
-    for i, weights in enumerate(layers):
-        edit = jax.tree.map(lambda e, i=i: e[i], edits)
-        cached = None if cache is None else (cache.keys[i], cache.values[i], cache.lengths)
-        x, buffers, sites = apply(weights, x, edit, cached)
-        captured.append(sites)
-        if buffers is not None:
-            keys.append(buffers[0])
-            values.append(buffers[1])
-    if cache is not None:
-        lengths = cache.lengths + x.shape[1]
-        cache = Cache(keys=tuple(keys), values=tuple(values), lengths=lengths)
-    return x, cache, jax.tree.map(lambda *leaves: jnp.stack(leaves), *captured)
+class _Layers:
+    """The blocks of one pass, run one after the other or as a scan."""
+
+    def __init__(self, config: ModelConfig, positions, segments, reduce: Mapping[str, Any]):
+        self.config, self.segments, self.reduce = config, segments, reduce
+        self.module = Block(config, parent=None)
+        self.tables: dict[bool, Tables | None] = {False: None, True: None}
+        if config.positions == "rotary":
+            self.tables[False] = rotary_tables(config, positions)
+            if config.rope_local_theta is not None:
+                self.tables[True] = rotary_tables(config, positions, local=True)
+
+    def context(self, layer: int) -> Context:
+        """Returns what a block is told whose index is known while the program is written."""
+        window = self.config.windows[layer]
+        return Context(self._rotary(window is not None), self.segments, window, layer)
+
+    def _rotary(self, local: bool):
+        return self.tables[local and self.config.rope_local_theta is not None]
+
+    def apply(self, weights, x, edits: Edits, cached: LayerCache | None, context: Context):
+        """Returns (x, the layer's new cache buffers, what was captured), with remat applied."""
+        want, reduce = frozenset(self.reduce), self.reduce
+
+        def run(weights, x, edits, cached, rotary, window, index):
+            given = Context(rotary, self.segments, window, index)
+            out: Any = self.module.apply({"params": weights}, x, edits, cached, given, want)
+            x, buffers, captured = out
+            return x, buffers, {k: (reduce[k] or (lambda v: v))(v) for k, v in captured.items()}
+
+        # A window that is a number stays one inside the checkpoint.
+        static = () if isinstance(context.window, jax.Array) else (5,)
+        if self.config.remat == "block":
+            run = jax.checkpoint(run, static_argnums=static)
+        elif self.config.remat == "elementwise":
+            policies = jax.checkpoint_policies
+            keep = policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable,
+                policies.save_only_these_names(attention.SAVED),
+            )
+            run = jax.checkpoint(run, policy=keep, static_argnums=static)
+        return run(weights, x, edits, cached, context.rotary, context.window, context.index)
+
+    def scanned(self, layers, x, edits: Edits):
+        """Returns (x, captured) behind a scan over stacked layers."""
+        config = self.config
+        windows = set(config.windows)
+        uniform = len(windows) == 1
+        local = np.array([w is not None for w in config.windows])
+        sizes = np.array([_NO_WINDOW if w is None else w for w in config.windows], np.int32)
+
+        def step(x, layer):
+            weights, edit, index, size, is_local = layer
+            if uniform:
+                rotary, window = self._rotary(bool(local[0])), config.windows[0]
+            else:
+                rotary, window = self._rotary(False), size
+                if config.rope_local_theta is not None:
+                    rotary = jax.tree.map(
+                        lambda a, b: jnp.where(is_local, a, b), self.tables[True], rotary
+                    )
+            context = Context(rotary, self.segments, window, index)
+            # `None` stands for the cache, which a scanned pass does not have.
+            x, _, captured = self.apply(weights, x, edit, None, context)
+            return x, captured
+
+        over = (layers, edits, np.arange(config.n_layers, dtype=np.int32), sizes, local)
+        return jax.lax.scan(step, x, jax.tree.map(jnp.asarray, over), unroll=config.unroll)
+
+    def unrolled(self, layers, x, edits: Edits, cache: Cache | None):
+        """Returns (x, cache, captured) behind per-layer weights."""
+        keys, values, mixed, captured = [], [], [], []
+        for i, weights in enumerate(layers):
+            cached = None
+            if cache is not None:
+                inputs = cache.mixed[i] if cache.mixed else None
+                cached = LayerCache(
+                    cache.keys[i], cache.values[i], inputs, cache.lengths, cache.capacity
+                )
+            x, buffers, sites = self.apply(weights, x, layer_of(edits, i), cached, self.context(i))
+            captured.append(sites)
+            if buffers is not None:
+                keys.append(buffers[0])
+                values.append(buffers[1])
+                mixed += buffers[2:]
+        if cache is not None:
+            cache = dataclasses.replace(
+                cache,
+                keys=tuple(keys),
+                values=tuple(values),
+                mixed=tuple(mixed),
+                lengths=cache.lengths + x.shape[1],
+            )
+        return x, cache, jax.tree.map(lambda *leaves: jnp.stack(leaves), *captured)
+
+
+def padding(mask: Bool[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """Returns (positions, segments) of rows padded on either side; pass both to `backbone`.
+
+    Args:
+        mask: true where there is a token.
+    """
+    kept = mask.astype(jnp.int32)
+    return jnp.maximum(jnp.cumsum(kept, axis=1) - 1, 0), kept
 
 
 def with_vocabulary(config: ModelConfig, vocab_size: int) -> ModelConfig:
