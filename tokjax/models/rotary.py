@@ -53,8 +53,8 @@ def _inverse(theta: float, width: int) -> np.ndarray:
 def _frequencies(config: ModelConfig, positions: Int[Array, "B T"]):
     """Returns (inverse frequencies, factor of cosines and sines).
 
-    `dynamic` and `longrope` look at the largest position of each row (Hugging Face: of the batch,
-    which makes rows depend on one another).
+    `dynamic` and `longrope` look at the largest position of each row. (transformers looks at that
+    of the batch, so that there a row's logits change with the rows beside it.)
     """
     scaling, width = config.rope_scaling, config.rotary_width
     factor = np.float32(scaling.factor or 1.0)

@@ -1,0 +1,135 @@
+"""Saving a model as a checkpoint that transformers loads."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tokjax.errors import StorageError
+from tokjax.files import storage_errors, sync_directory
+from tokjax.models import parameters
+from tokjax.models.huggingface.family import Tensor, config_to_fields, family_of, to_stored
+from tokjax.models.huggingface.safetensors_files import write_tensors
+from tokjax.models.transformer import Transformer
+
+# What travels with a checkpoint beside the model itself.
+CARRIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def save(
+    folder: str | os.PathLike,
+    model: Transformer,
+    params: Mapping[str, Any],
+    *,
+    source: str | os.PathLike | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model as a Hugging Face checkpoint; the folder appears whole or not at all.
+
+    Args:
+        folder: where.
+        model: what the parameters are of; its `config.family` says in which form it is written.
+        params: stacked or unstacked parameters, written in their own dtypes.
+        source: a checkpoint's folder whose tokenizer, generation_config.json and token ids are
+            carried along.
+        max_shard_bytes: a checkpoint larger than this is split into several files.
+        overwrite: replace a folder that holds something already.
+
+    Raises:
+        ConfigError: the family cannot express the model.
+        StorageError: the folder is not empty, or cannot be written.
+    """
+    folder = Path(folder)
+    fields = config_to_fields(model.config)
+    if folder.exists() and not overwrite and (folder.is_file() or any(folder.iterdir())):
+        raise StorageError(f"{folder} exists already: choose another folder, or overwrite=True")
+    stored = _stored(model, parameters.stack(params))
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with storage_errors(folder, remedy="Free space or choose another folder."):
+        try:
+            temporary.mkdir(parents=True)
+            if source is not None:
+                fields |= _carry(Path(source), temporary)
+            shapes = {name: _described(parts) for name, parts in stored.items()}
+            write_tensors(temporary, shapes, lambda n: _assembled(stored[n]), max_shard_bytes)
+            # `None` is left to the family's default.
+            kept = {
+                k: v for k, v in fields.items() if v is not None or k in ("rope_scaling", *_IDS)
+            }
+            (temporary / "config.json").write_text(json.dumps(kept, indent=2) + "\n")
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    sync_directory(folder.parent)
+
+
+def _carry(source: Path, target: Path) -> dict[str, Any]:
+    """Copies what belongs to the tokenizer; returns the special ids that config.json has."""
+    for name in CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    try:
+        given = json.loads((source / "config.json").read_bytes())
+    except OSError:
+        return {}
+    return {name: given[name] for name in _IDS if name in given}
+
+
+Parts = list[tuple[Tensor, Any, int | None]]
+
+
+def _stored(model: Transformer, params: Mapping[str, Any]) -> dict[str, Parts]:
+    """Returns name -> (tensor, parameter, layer) of each part of each stored tensor."""
+    config = model.config
+    names = family_of(config.family).tensors(config)
+    found: dict[str, Parts] = {}
+
+    def visit(path: str, parameter: parameters.Parameter, stacked: bool) -> None:
+        leaf: Any = params
+        for key in path.split("/"):
+            leaf = leaf[key]
+        expected = ((config.n_layers,) if stacked else ()) + parameter.shape
+        if leaf.shape != expected:
+            raise ValueError(f"parameter {path} has shape {leaf.shape}, the model {expected}")
+        for layer in range(config.n_layers) if stacked else (None,):
+            name = names[path].name.format(layer=layer)
+            found.setdefault(name, []).append((names[path], leaf, layer))
+
+    parameters.map_table(config, visit)
+    return found
+
+
+def _described(parts: Parts) -> tuple[tuple[int, ...], Any]:
+    tensor, leaf, layer = parts[0]
+    return tensor.stored_shape(leaf.shape if layer is None else leaf.shape[1:]), leaf.dtype
+
+
+def _assembled(parts: Parts) -> np.ndarray:
+    pieces = []
+    for tensor, leaf, layer in parts:
+        piece = leaf if layer is None else leaf[layer]
+        pieces.append((tensor, np.asarray(jax.device_get(piece))))
+    return to_stored(pieces)
