@@ -11,13 +11,13 @@ peak that was measured between the steps. Needs the extra `test` (torch, transfo
 """
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import platform
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 
 def _arguments() -> argparse.Namespace:
@@ -79,38 +79,19 @@ def _tokjax_worker(args, folder, pipe) -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from safetensors.numpy import load_file
 
     from tokjax.data.batch import Batch
-    from tokjax.models import ModelConfig, Transformer
-    from tokjax.models.parameters import map_table
+    from tokjax.models import Transformer
+    from tokjax.models.huggingface import load
     from tokjax.pretraining.next_token import NextToken
     from tokjax.training.optimizers import AdamW, Constant
     from tokjax.training.state import init_state
     from tokjax.training.step import StepConfig, make_train_step
 
-    config = ModelConfig(
-        vocab_size=args.vocab,
-        d_model=args.d_model,
-        n_layers=args.layers,
-        n_heads=args.heads,
-        d_ff=args.d_ff,
-        max_positions=args.length,
-        unroll=args.unroll,
-    )
-    tensors = load_file(Path(folder) / "model.safetensors")
-
-    def tensor(path, parameter, stacked):
-        def one(layer):
-            value = tensors[parameter.hf_name.format(layer=layer)]
-            return value.T if parameter.transposed else value
-
-        return jnp.asarray(np.stack([one(i) for i in range(args.layers)]) if stacked else one(0))
-
-    model, objective = Transformer(config), NextToken()
-    optimizer = AdamW(weight_decay=0.1).build(config)
-    state = init_state(model, objective, optimizer, 0, False)
-    state = state.replace(params=map_table(config, tensor))
+    model, params = load(folder)
+    model = Transformer(dataclasses.replace(model.config, unroll=args.unroll))
+    objective, optimizer = NextToken(), AdamW(weight_decay=0.1).build(model.config)
+    state = init_state(model, objective, optimizer, 0, False).replace(params=params)
     step = make_train_step(
         model, objective, optimizer, StepConfig(1e-3, Constant(), 0, 10**6, clip_norm=1.0)
     )
