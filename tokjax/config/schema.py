@@ -13,6 +13,9 @@ tuples, mappings from str, other such dataclasses, or a *choice*: a dataclass pi
     class Train:
         schedule: Annotated[Any, Choice("schedule")] = Cosine()
 
+A dataclass with a field `base: str | None` and a classmethod `from_base(text)` may be given as that
+text: what it returns replaces the defaults of the keys that are not set.
+
 `resolve(Train, {"schedule": {"name": "cosine", "decay_steps": 10}})` is then a `Train`. Resolved
 configurations are hashable, so they may be static arguments of a compiled function.
 """

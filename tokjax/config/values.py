@@ -328,6 +328,9 @@ def _dataclass(
 ) -> Any:
     if isinstance(value, cls):
         return value
+    from_base = getattr(cls, "from_base", None)
+    if from_base is not None and isinstance(value, str):
+        value = {"base": value}
     if not isinstance(value, Mapping):
         _wrong(cls, value, path, problems)
         return None
@@ -335,6 +338,14 @@ def _dataclass(
     hints = field_types(cls)
     name = registered_name(cls)
     given = dict(value)
+    # A base gives the keys that are not set; one with every key set (a saved run) needs none.
+    base = given.get("base")
+    if from_base is not None and isinstance(base, str) and not hints.keys() <= given.keys():
+        try:
+            default = from_base(base)
+        except ConfigError as error:
+            problems.append(f"{path}.base: {error}")
+            return None
     if name is not None and "name" not in hints and given.pop("name", name) != name:
         problems.append(f"{path}.name: must be {name!r} here, got {value['name']!r}.")
     _report_unknown(cls, kind, [key for key in given if key not in hints], path, problems)

@@ -7,19 +7,27 @@ N examples.
 """
 
 from tokjax.models.cache import Cache
-from tokjax.models.config import ModelConfig
+from tokjax.models.config import EncDecConfig, ModelConfig
 from tokjax.models.edits import Edits, Suppression, Write
+from tokjax.models.encdec import EncoderDecoder
+from tokjax.models.encoder import Encoder, pool
 from tokjax.models.head import Head
+from tokjax.models.layers import Memory
 from tokjax.models.transformer import Output, Transformer, padding
 
 __all__ = [
     "Cache",
     "Edits",
+    "EncDecConfig",
+    "Encoder",
+    "EncoderDecoder",
     "Head",
+    "Memory",
     "ModelConfig",
     "Output",
     "Suppression",
     "Transformer",
     "Write",
     "padding",
+    "pool",
 ]

@@ -1,11 +1,15 @@
 """The configuration of a transformer: one dataclass for every supported family."""
 
+import dataclasses
+import dataclasses
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tokjax.config.schema import Choice
-from tokjax.errors import ConfigError, nearest
+from tokjax.errors import CheckpointError, ConfigError, nearest
+from tokjax.models.lora import LoraConfig
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -68,11 +72,15 @@ class ModelConfig:
     norm_bias: bool = False  # a norm adds a bias
     # before each part; behind each residual addition; before each part and on what it adds
     norm_placement: Literal["pre", "post", "both"] = "pre"
+    first_attention_norm: bool = True  # the first block's attention has a norm (not in ModernBERT)
     final_norm: bool = True  # a norm behind the last block
     embedding_norm: bool = False  # a norm on the embeddings, behind positions
     parallel_residual: bool = False  # attention and feed-forward read the same residual stream
 
-    positions: Literal["rotary", "learned", "none"] = "rotary"  # how positions enter
+    # how positions enter; relative ones are a bias on the scores, by distance in buckets (T5)
+    positions: Literal["rotary", "learned", "relative", "none"] = "rotary"
+    relative_buckets: int = 32  # rows of the table of relative positions
+    relative_distance: int = 128  # distance from which on all fall into one bucket
     position_offset: int = 0  # rows of the learned table before that of position 0
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_local_theta: float | None = None  # base in windowed layers, unscaled; None: as in others
@@ -83,6 +91,7 @@ class ModelConfig:
     window_pattern: tuple[bool, ...] = ()
 
     attention_bias: bool = False  # biases on query, key and value
+    key_bias: bool = True  # with attention_bias, the key has one too (not in Whisper)
     out_bias: bool = False  # bias on the attention output
     mlp_bias: bool = False  # biases in the feed-forward
     qk_norm: bool = False  # a norm on each head's queries and keys
@@ -90,6 +99,10 @@ class ModelConfig:
     attention_softcap: float | None = None  # bound on the size of a score
     activation: Activation = "silu"  # of the feed-forward; gelu_tanh is the approximation
     gated: bool = True  # the activation gates a second product
+    # between attention and feed-forward, attention to an encoder's memory, with neither positions
+    # nor qk_norm
+    cross_attention: bool = False
+    lora: LoraConfig | None = None  # low-rank adapters beside the matrices of every block, or None
     # a causal filter over the tokens behind each block (see `tokjax.models.mixing`), or None
     mixer: Annotated[Any, Choice("mixer")] | None = None
 
@@ -98,6 +111,10 @@ class ModelConfig:
     embedding_scale: float | None = None  # factor of the embeddings; None means 1
     token_types: int = 0  # rows of the table of segment types (BERT); 0 has none
     head_bias: bool = False  # a bias on the logits
+    logit_scale: float | None = None  # factor of the logits; None means 1
+    # of the dense layer with a norm between an encoder and its output head; None has no such layer
+    mlm_head: Activation | None = None
+    mlm_bias: bool = True  # that layer has a bias
     logit_softcap: float | None = None  # bound on the size of a logit
 
     init_scale: float = 0.02  # standard deviation of embeddings; matrices use 1/sqrt(fan in)
@@ -111,6 +128,9 @@ class ModelConfig:
     # kernel; auto chooses by platform and by what is asked of it
     attention: Literal["auto", "dense", "blockwise", "cudnn"] = "auto"
     family: str = "llama"  # model_type of the Hugging Face checkpoints it is saved as
+    # a name of `tokjax.models.zoo`, or a Hugging Face config.json or its folder, whose values
+    # become the defaults of the other keys
+    base: str | None = None
 
     def __post_init__(self):
         for name in ("d_model", "n_layers", "n_heads", "max_positions", "unroll"):
@@ -119,6 +139,7 @@ class ModelConfig:
         for name in (
             *("vocab_size", "n_kv_heads", "head_dim", "d_ff", "embedding_width", "sliding_window"),
             *("attention_softcap", "logit_softcap", "rope_local_theta", "attention_scale"),
+            "logit_scale",
         ):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -161,10 +182,32 @@ class ModelConfig:
             )
         if not self.init_scale >= 0:
             raise ConfigError(f"init_scale={self.init_scale} must not be negative")
-        if self.parallel_residual and self.norm_placement != "pre":
-            raise ConfigError("parallel_residual needs norm_placement='pre'")
+        if self.lora is not None and not self.gated and "gate" in self.lora.targets:
+            raise ConfigError("lora.targets names 'gate', but the model has gated=False")
+        if self.parallel_residual and (self.norm_placement != "pre" or self.cross_attention):
+            raise ConfigError("parallel_residual needs norm_placement='pre' and no cross_attention")
+        if not self.first_attention_norm and self.norm_placement == "post":
+            raise ConfigError("first_attention_norm=False needs a norm before attention")
+        if self.mlm_head not in (None, *typing.get_args(Activation)):
+            raise ConfigError(
+                f"unknown mlm_head={self.mlm_head!r}."
+                f"{nearest(str(self.mlm_head), typing.get_args(Activation))}"
+            )
+        if self.positions == "relative":
+            self._check_relative()
         if self.norm_bias and (self.norm != "layer" or self.norm_plus_one):
             raise ConfigError("norm_bias needs norm='layer' and no norm_plus_one")
+
+    def _check_relative(self) -> None:
+        exact = self.relative_buckets // (2 if self.causal else 4)
+        if exact < 1 or self.relative_distance <= exact:
+            raise ConfigError(
+                f"relative_buckets={self.relative_buckets} must be 4 or more, and "
+                f"relative_distance={self.relative_distance} above the {exact} distances that have "
+                f"a bucket of their own"
+            )
+        if self.sliding_window is not None:
+            raise ConfigError("positions='relative' cannot have a sliding_window")
 
     def _check_rotary(self) -> None:
         if self.head_width % 2:
@@ -185,6 +228,30 @@ class ModelConfig:
                     f"rope_scaling.{name} has {given} factors, but {self.rotary_width // 2} pairs "
                     f"of dimensions are turned: give one for each"
                 )
+
+    @classmethod
+    def from_base(cls, base: str) -> "ModelConfig":
+        """Returns the configuration that a name of the zoo or a config.json's path stands for.
+
+        Raises:
+            ConfigError: there is no such name and no such file, or the model is not supported.
+        """
+        from tokjax.models.huggingface import read_config
+        from tokjax.models.zoo import ZOO
+
+        if base in ZOO:
+            return dataclasses.replace(ZOO[base], base=base)
+        if not Path(base).exists():
+            raise ConfigError(
+                f"{base!r} is no size of the zoo and no file or folder.{nearest(base, ZOO)}"
+            )
+        try:
+            found = read_config(Path(base))
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from None
+        if not isinstance(found, cls):
+            raise ConfigError(f"{base!r} describes a {type(found).__name__}, not a {cls.__name__}")
+        return dataclasses.replace(found, base=base)
 
     @property
     def kv_heads(self) -> int:
@@ -229,8 +296,67 @@ class ModelConfig:
         )
 
     @property
+    def depths(self) -> dict[str, int]:
+        """Number of layers of each stack, by the path of its parameters."""
+        return {"layers": self.n_layers}
+
+    @property
     def vocabulary(self) -> int:
         """Number of token ids; an error while it is still open."""
         if self.vocab_size is None:
             raise ConfigError("model.vocab_size is None: set it, or build the model from a run")
         return self.vocab_size
+
+
+@dataclass(frozen=True)
+class EncDecConfig:
+    """An encoder, and a decoder that attends to what the encoder found."""
+
+    encoder: ModelConfig  # not causal
+    decoder: ModelConfig  # with cross_attention; its embedding table is the encoder's too
+    # what the encoder reads: tokens; embeddings of anything; or frames (of a log-mel spectrogram,
+    # for example), of which two convolutions make half as many embeddings
+    inputs: Literal["tokens", "embeddings", "frames"] = "tokens"
+    frame_width: int | None = None  # numbers in a frame
+    family: str = "t5"  # model_type of the Hugging Face checkpoints it is saved as
+
+    def __post_init__(self):
+        _check_literals(self, "inputs")
+        if self.encoder.causal or self.encoder.cross_attention:
+            raise ConfigError("the encoder must have causal=False and cross_attention=False")
+        if not (self.decoder.causal and self.decoder.cross_attention):
+            raise ConfigError("the decoder must have causal=True and cross_attention=True")
+        for name in ("d_model", "dtype", "param_dtype"):
+            one, other = getattr(self.encoder, name), getattr(self.decoder, name)
+            if one != other:
+                raise ConfigError(f"encoder and decoder differ in {name}: {one!r}, {other!r}")
+        if self.encoder.embedding_width is not None:
+            raise ConfigError("the encoder must have embedding_width=None")
+        if (self.inputs == "frames") != (self.frame_width is not None):
+            raise ConfigError("inputs='frames' needs frame_width, and nothing else does")
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """Number of layers of each stack, by the path of its parameters."""
+        return {"encoder/layers": self.encoder.n_layers, "decoder/layers": self.decoder.n_layers}
+
+    @property
+    def param_dtype(self) -> str:
+        """Dtype of the parameters."""
+        return self.decoder.param_dtype
+
+    @property
+    def tie_embeddings(self) -> bool:
+        """Whether the output head is the embedding table."""
+        return self.decoder.tie_embeddings
+
+
+Config = ModelConfig | EncDecConfig
+
+
+def with_dtypes(config: Any, param_dtype: Any, dtype: Any) -> Any:
+    """Returns the configuration, of either kind, with the dtypes of parameters and activations."""
+    if isinstance(config, ModelConfig):
+        return dataclasses.replace(config, param_dtype=param_dtype, dtype=dtype)
+    stacks = (with_dtypes(stack, param_dtype, dtype) for stack in (config.encoder, config.decoder))
+    return dataclasses.replace(config, **dict(zip(("encoder", "decoder"), stacks, strict=True)))

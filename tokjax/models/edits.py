@@ -4,7 +4,7 @@ Every leaf leads with the layer axis, is scanned together with the weights and m
 without recompiling. A field left None (or a site left out) is absent from the compiled program.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -27,6 +27,14 @@ SITES = (
     "mlp_out",  # [B T D] what the feed-forward adds, layer gate included
     "resid_post",  # [B T D] the residual stream behind a block
 )
+# What a decoder beside an encoder has more. S is the encoder's length.
+CROSS_SITES = (
+    "cross_q",  # [B T H d] queries of cross-attention
+    "cross_probs",  # [B H T S] its probabilities
+    "cross_heads",  # [B T H d] what each of its heads found, before the output product
+    "cross_out",  # [B T D] what it adds, layer gate included
+    "resid_cross",  # [B T D] between cross-attention and feed-forward
+)
 
 
 @struct.dataclass
@@ -35,7 +43,7 @@ class Write:
 
     Attributes:
         value: leads with the layer axis, then as the site; axes may be 1.
-        mask: [L B T] (for `attn_probs` [L B H T S]); axes may be 1.
+        mask: [L B T] (for `attn_probs` and `cross_probs` [L B H T S]); axes may be 1.
     """
 
     value: Float[Array, "L ..."]
@@ -108,8 +116,8 @@ class Edits:
     add: Mapping[str, Float[Array, "L ..."]] = struct.field(default_factory=dict)
     write: Mapping[str, Write] = struct.field(default_factory=dict)
 
-    def check(self, n_layers: int) -> None:
-        """Refuses edits that cannot be meant for a model of so many blocks.
+    def check(self, n_layers: int, sites: Sequence[str] = SITES) -> None:
+        """Refuses edits that cannot be meant for a model of so many blocks with these sites.
 
         Not done when they are made: `vmap` and `tree.map` make trees of this type out of anything.
 
@@ -118,8 +126,8 @@ class Edits:
         """
         for field in ("add", "write"):
             for site, value in getattr(self, field).items():
-                if site not in SITES:
-                    raise ValueError(f"Edits.{field}: unknown site {site!r}.{nearest(site, SITES)}")
+                if site not in sites:
+                    raise ValueError(f"Edits.{field}: unknown site {site!r}.{nearest(site, sites)}")
                 if field == "write" and not isinstance(value, Write):
                     raise ValueError(f"Edits.write[{site!r}] must be a Write(value, mask)")
         for path, leaf in jax.tree_util.tree_leaves_with_path(self):
@@ -135,6 +143,14 @@ class Edits:
         """Whether scores or probabilities are changed, which fused kernels cannot do."""
         changed = "attn_probs" in self.add or "attn_probs" in self.write
         return self.attention_bias is not None or self.suppression is not None or changed
+
+    def of_cross_attention(self) -> "Edits":
+        """Returns what is changed of cross-attention's probabilities, as if of attention's."""
+
+        def renamed(sites: Mapping[str, Any]) -> dict[str, Any]:
+            return {"attn_probs": sites["cross_probs"]} if "cross_probs" in sites else {}
+
+        return Edits(add=renamed(self.add), write=renamed(self.write))
 
     def at(self, site: str, value: jax.Array) -> jax.Array:
         """Returns a site's value in one layer, edited (the layer axis is gone here)."""

@@ -7,11 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tokjax.models import attention as attn
 from tokjax.models import cache as kv
 from tokjax.models.config import ModelConfig
+from tokjax.models.lora import A as lora_a
+from tokjax.models.lora import B as lora_b
 from tokjax.models.parameters import NORMS, Parameter
 from tokjax.models.rotary import Tables, rotate
 
@@ -46,6 +48,28 @@ class LayerCache:
 
 
 @struct.dataclass
+class Memory:
+    """What an encoder found, for the blocks of a decoder to attend to.
+
+    Attributes:
+        x: the encoder's final hidden states.
+        mask: true where there is something to see.
+        keys: of each layer, where they are computed ahead of decoding; else empty.
+        values: likewise.
+    """
+
+    x: Float[Array, "B S D"]
+    mask: Bool[Array, "B S"]
+    keys: tuple[Float[Array, "B S K d"], ...] = ()
+    values: tuple[Float[Array, "B S K d"], ...] = ()
+
+    def of_layer(self, layer: int) -> "Memory":
+        """Returns the memory with the keys and values of one layer alone."""
+        one = slice(layer, layer + 1)
+        return Memory(self.x, self.mask, self.keys[one], self.values[one])
+
+
+@struct.dataclass
 class Context:
     """What all parts of one layer are told beside their input.
 
@@ -55,6 +79,7 @@ class Context:
         window: number of keys a query sees, or None for all.
         index: which layer this is.
         bias: the model's own addition to attention scores, or None.
+        memory: what cross-attention sees, or None.
     """
 
     rotary: Tables | None
@@ -62,6 +87,7 @@ class Context:
     window: Any
     index: Any
     bias: Float[Array, "B H T S"] | None = None
+    memory: Memory | None = None
 
 
 class Part(nn.Module):
@@ -82,6 +108,9 @@ class Part(nn.Module):
             name: self.param(name, lambda key, p=p: p.initialise(key, param_dtype))
             for name, p in self.table.items()
         }
+        if self.config.lora is not None:
+            scale = self.config.lora.scale
+            found |= {name: scale * w for name, w in found.items() if name.endswith(lora_b)}
         return {name: w if name in NORMS else w.astype(dtype) for name, w in found.items()}
 
 
@@ -125,10 +154,19 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def linear(w: Weights, name: str, x: Float[Array, "B T N"]) -> Float[Array, "B T M"]:
-    """Returns x times the matrix `name`, plus its bias where the weights have one."""
+    """Returns x times the matrix `name`, plus its adapter and bias where the weights have them."""
     y = matmul(x, w[name])
+    if f"{name}{lora_a}" in w:
+        y = y + matmul(matmul(x, w[f"{name}{lora_a}"]), w[f"{name}{lora_b}"])
     bias = w.get(f"{name}_bias")
     return y if bias is None else y + bias
+
+
+def heads(
+    config: ModelConfig, w: Weights, name: str, x: Float[Array, "B T D"]
+) -> Float[Array, "B T H d"]:
+    """Returns the heads' queries, keys or values of x."""
+    return linear(w, name, x).reshape(*x.shape[:2], -1, config.head_width)
 
 
 def self_attention(
@@ -143,13 +181,7 @@ def self_attention(
 ) -> tuple[Float[Array, "B T D"], tuple[kv.Buffer, kv.Buffer] | None]:
     """Returns what attention says of normed x, and the layer's new key and value buffers."""
     B, T, _ = x.shape
-    heads = lambda name, n: linear(w, name, x).reshape(B, T, n, config.head_width)  # noqa: E731
-    q, k, v = (
-        heads(name, n)
-        for name, n in zip(
-            ("query", "key", "value"), (config.n_heads, *2 * [config.kv_heads]), strict=True
-        )
-    )
+    q, k, v = (heads(config, w, name, x) for name in ("query", "key", "value"))
     if config.qk_norm:
         q, k = norm(config, w, q, "query_norm"), norm(config, w, k, "key_norm")
     if context.rotary is not None:
@@ -204,6 +236,30 @@ def _extend(cached: LayerCache, k: jax.Array, v: jax.Array):
     if ring:
         places = kv.token_of_slot(slots, cached.lengths + T)
     return (keys, values), (kv.read(keys, k.dtype), kv.read(values, v.dtype)), places
+
+
+def cross_attention(
+    config: ModelConfig,
+    w: Weights,
+    x: Float[Array, "B T D"],
+    memory: Memory,
+    edits: Any,
+    site: Site,
+    wants_probabilities: bool,
+) -> Float[Array, "B T D"]:
+    """Returns what attention to an encoder's memory says of normed x."""
+    q = site("cross_q", heads(config, w, "query", x))
+    if memory.keys:
+        k, v = memory.keys[0], memory.values[0]
+    else:
+        k, v = (heads(config, w, name, memory.x) for name in ("key", "value"))
+    mask = jnp.broadcast_to(memory.mask[:, None, None], (*q.shape[:1], 1, q.shape[1], k.shape[1]))
+    scores = attn.Scores(config.score_scale, config.attention_softcap, causal=False)
+    out, probabilities = attn.dense_attention(q, k, v, mask, scores, edits.of_cross_attention())
+    if wants_probabilities:
+        site("cross_probs", probabilities)
+    out = site("cross_heads", out)
+    return linear(w, "out", out.reshape(*x.shape[:2], -1))
 
 
 def feed_forward(

@@ -12,7 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tokjax.models.config import ModelConfig
+from tokjax.models.config import Config, EncDecConfig, ModelConfig
+from tokjax.models.lora import A as lora_a
+from tokjax.models.lora import B as lora_b
+from tokjax.models.lora import LoraConfig
 
 Params = Mapping[str, Any]
 
@@ -66,26 +69,30 @@ def block_table(config: ModelConfig) -> dict[str, dict[str, Parameter]]:
     def bias(width: int, axis: str | None) -> Parameter:
         return Parameter((width,), (axis,), 0)
 
-    attention = _norm(config) | {
-        "query": matrix(D, H, ("embed", "heads")),
-        "key": matrix(D, K, ("embed", "kv_heads")),
-        "value": matrix(D, K, ("embed", "kv_heads")),
-        "out": matrix(H, D, ("heads", "embed"), depth),
-    }
+    def attention_table() -> dict[str, Parameter]:
+        found = _norm(config) | {
+            "query": matrix(D, H, ("embed", "heads")),
+            "key": matrix(D, K, ("embed", "kv_heads")),
+            "value": matrix(D, K, ("embed", "kv_heads")),
+            "out": matrix(H, D, ("heads", "embed"), depth),
+        }
+        if config.attention_bias:
+            found |= {"query_bias": bias(H, "heads"), "value_bias": bias(K, "kv_heads")}
+        if config.attention_bias and config.key_bias:
+            found["key_bias"] = bias(K, "kv_heads")
+        if config.out_bias:
+            found["out_bias"] = bias(D, None)
+        if config.norm_placement == "both":
+            found |= _norm(config, "post_norm")
+        return found
+
+    attention = attention_table()
     mlp = _norm(config) | {
         "up": matrix(D, F, ("embed", "mlp")),
         "down": matrix(F, D, ("mlp", "embed"), depth),
     }
     if config.gated:
         mlp["gate"] = matrix(D, F, ("embed", "mlp"))
-    if config.attention_bias:
-        attention |= {
-            "query_bias": bias(H, "heads"),
-            "key_bias": bias(K, "kv_heads"),
-            "value_bias": bias(K, "kv_heads"),
-        }
-    if config.out_bias:
-        attention["out_bias"] = bias(D, None)
     if config.qk_norm:
         plain = 0 if config.norm_plus_one else None
         attention |= {name: Parameter((d,), (None,), plain) for name in ("query_norm", "key_norm")}
@@ -94,26 +101,57 @@ def block_table(config: ModelConfig) -> dict[str, dict[str, Parameter]]:
         if config.gated:
             mlp["gate_bias"] = bias(F, "mlp")
     if config.norm_placement == "both":
-        attention |= _norm(config, "post_norm")
         mlp |= _norm(config, "post_norm")
     blocks = {"attention": attention, "mlp": mlp}
+    if config.cross_attention:
+        blocks["cross"] = attention_table()
+    if config.lora is not None:
+        blocks = {part: _with_adapters(table, config.lora) for part, table in blocks.items()}
     if config.mixer is not None:
         blocks["mixer"] = dict(config.mixer.parameters(D))
     return blocks
 
 
-def table(config: ModelConfig) -> dict[str, Any]:
+def _with_adapters(table: dict[str, Parameter], lora: LoraConfig) -> dict[str, Parameter]:
+    """Returns a part's parameters with the adapters of its targets."""
+    found = dict(table)
+    for name in lora.targets:
+        if name in table:
+            (rows, columns), (row_axis, column_axis) = table[name].shape, table[name].axes
+            # As in the library peft: A uniform with variance 1 / (3 fan in), B zero.
+            std = (3 * rows) ** -0.5
+            found[f"{name}{lora_a}"] = Parameter((rows, lora.rank), (row_axis, None), std)
+            found[f"{name}{lora_b}"] = Parameter((lora.rank, columns), (None, column_axis), 0)
+    return found
+
+
+def table(config: Config) -> dict[str, Any]:
     """Returns the whole model's parameters; those under `layers` gain a leading layer axis."""
-    D, V, E = config.d_model, config.vocabulary, config.table_width
+    if isinstance(config, EncDecConfig):
+        encoder = _stack_table(config.encoder)
+        if config.frame_width is not None:
+            encoder["frames"] = _frames_table(config.frame_width, config.encoder.d_model)
+        return {"encoder": encoder, "decoder": table(config.decoder)}
+    V, E = config.vocabulary, config.table_width
     embedding = ("vocab", "embed")
-    std = config.init_scale
-    tree: dict[str, Any] = {
-        "embedding": Parameter((V, E), embedding, std),
-        "layers": block_table(config),
-    }
+    tree = _stack_table(config) | {"embedding": Parameter((V, E), embedding, config.init_scale)}
+    if not config.tie_embeddings:
+        tree["head"] = Parameter((V, E), embedding, E**-0.5)
+    if config.head_bias:
+        tree["head_bias"] = Parameter((V,), ("vocab",), 0)
+    return tree
+
+
+def _stack_table(config: ModelConfig) -> dict[str, Any]:
+    """Returns the parameters between the embedding table and the output head."""
+    D, E, std = config.d_model, config.table_width, config.init_scale
+    tree: dict[str, Any] = {"layers": block_table(config)}
     if config.positions == "learned":
         rows = config.max_positions + config.position_offset
         tree["position_embedding"] = Parameter((rows, D), (None, "embed"), std)
+    if config.positions == "relative":
+        shape = (config.relative_buckets, config.n_heads)
+        tree["relative_bias"] = Parameter(shape, (None, "heads"), D**-0.5)
     if config.token_types:
         tree["type_embedding"] = Parameter((config.token_types, D), (None, "embed"), std)
     if config.embedding_norm:
@@ -123,56 +161,73 @@ def table(config: ModelConfig) -> dict[str, Any]:
     if config.embedding_width is not None:
         tree["embedding_in"] = Parameter((E, D), (None, "embed"), E**-0.5)
         tree["embedding_out"] = Parameter((D, E), ("embed", None), D**-0.5)
-    if not config.tie_embeddings:
-        tree["head"] = Parameter((V, E), embedding, E**-0.5)
-    if config.head_bias:
-        tree["head_bias"] = Parameter((V,), ("vocab",), 0)
+    if config.mlm_head is not None:
+        tree["mlm"] = _norm(config) | {"dense": Parameter((D, D), ("embed", None), D**-0.5)}
+        if config.mlm_bias:
+            tree["mlm"]["dense_bias"] = Parameter((D,), (None,), 0)
     return tree
 
 
-def map_table(config: ModelConfig, visit: Callable[[str, Parameter, bool], Any]) -> dict[str, Any]:
-    """Returns the tree of `visit(path, parameter, stacked)` over the table."""
+def _frames_table(width: int, D: int) -> dict[str, Parameter]:
+    """Returns the parameters of two convolutions over three frames each."""
+    return {
+        "first": Parameter((3, width, D), (None, None, "embed"), (3 * width) ** -0.5),
+        "first_bias": Parameter((D,), (None,), 0),
+        "second": Parameter((3, D, D), (None, None, "embed"), (3 * D) ** -0.5),
+        "second_bias": Parameter((D,), (None,), 0),
+    }
+
+
+def map_table(config: Config, visit: Callable[[str, Parameter, int], Any]) -> dict[str, Any]:
+    """Returns the tree of `visit(path, parameter, layers)` over the table.
+
+    `layers` is the number of layers that the parameter is stacked over, 0 if it is not.
+    """
 
     def walk(node: Any, path: str) -> Any:
         if isinstance(node, Parameter):
-            return visit(path, node, path.startswith("layers/"))
+            stacked = (n for at, n in config.depths.items() if path.startswith(f"{at}/"))
+            return visit(path, node, next(stacked, 0))
         return {name: walk(child, f"{path}/{name}".lstrip("/")) for name, child in node.items()}
 
     return walk(table(config), "")
 
 
-def init_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+def init_parameters(config: Config, key: jax.Array) -> dict[str, Any]:
     """Returns initial parameters. Each one's values depend on the key and its own path only."""
     dtype = jnp.dtype(config.param_dtype)
 
-    def build(path: str, parameter: Parameter, stacked: bool) -> jax.Array:
+    def build(path: str, parameter: Parameter, layers: int) -> jax.Array:
         own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        if not stacked:
+        if not layers:
             return parameter.initialise(own_key, dtype)
-        layer_keys = jax.random.split(own_key, config.n_layers)
+        layer_keys = jax.random.split(own_key, layers)
         return jax.vmap(lambda k: parameter.initialise(k, dtype))(layer_keys)
 
     return map_table(config, build)
 
 
-def logical_axes(config: ModelConfig) -> dict[str, Any]:
+def logical_axes(config: Config) -> dict[str, Any]:
     """Returns the tree of logical axes, the layer axis of stacked parameters included."""
     return map_table(
-        config, lambda path, p, stacked: ("layers", *p.axes) if stacked else tuple(p.axes)
+        config, lambda path, p, layers: ("layers", *p.axes) if layers else tuple(p.axes)
     )
 
 
-def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Returns the number of parameters by part: embedding, attention, mlp, norms, head."""
+def count_parameters(config: Config) -> dict[str, int]:
+    """Returns the number of parameters by part: embedding, attention, mlp, norms, head, ...
+
+    Those of an encoder and a decoder are added up.
+    """
     counts: dict[str, int] = {}
 
-    def add(path: str, parameter: Parameter, stacked: bool) -> None:
-        names = path.split("/")
-        part = "norms" if names[-1] in NORMS else names[1] if stacked else names[0]
+    def add(path: str, parameter: Parameter, layers: int) -> None:
+        names = [n for n in path.split("/") if n not in ("encoder", "decoder", "layers")]
+        part = "norms" if names[-1] in NORMS else names[0]
         size = 1
         for n in parameter.shape:
             size *= n
-        counts[part] = counts.get(part, 0) + size * (config.n_layers if stacked else 1)
+        counts[part] = counts.get(part, 0) + size * (layers or 1)
 
     map_table(config, add)
     return counts
@@ -180,17 +235,29 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 def unstack(params: Params) -> dict[str, Any]:
     """Returns the parameters with `layers` as a tuple of per-layer trees, for unrolled decoding."""
-    layers = params["layers"]
-    if isinstance(layers, tuple):
-        return dict(params)
-    n_layers = jax.tree.leaves(layers)[0].shape[0]
-    per_layer = tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(n_layers))
-    return {**params, "layers": per_layer}
+
+    def apart(layers: Any) -> tuple:
+        if isinstance(layers, tuple):
+            return layers
+        n_layers = jax.tree.leaves(layers)[0].shape[0]
+        return tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(n_layers))
+
+    return _each_stack(params, apart)
 
 
 def stack(params: Params) -> dict[str, Any]:
     """Returns the parameters with `layers` stacked along a leading axis; undoes `unstack`."""
-    layers = params["layers"]
-    if not isinstance(layers, tuple):
-        return dict(params)
-    return {**params, "layers": jax.tree.map(lambda *ws: jnp.stack(ws), *layers)}
+
+    def together(layers: Any) -> Any:
+        if not isinstance(layers, tuple):
+            return layers
+        return jax.tree.map(lambda *ws: jnp.stack(ws), *layers)
+
+    return _each_stack(params, together)
+
+
+def _each_stack(params: Params, change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Returns the parameters with the layers changed, those of an encoder and a decoder each."""
+    if "layers" in params:
+        return {**params, "layers": change(params["layers"])}
+    return {name: _each_stack(stack, change) for name, stack in params.items()}

@@ -17,11 +17,21 @@ from tokjax.models import attention, parameters
 from tokjax.models import cache as kv
 from tokjax.models.cache import Cache
 from tokjax.models.config import ModelConfig
-from tokjax.models.edits import SITES, Edits, layer_of
+from tokjax.models.edits import CROSS_SITES, SITES, Edits, layer_of
 from tokjax.models.head import Head, logits
-from tokjax.models.layers import Context, LayerCache, Part, feed_forward, norm, self_attention
+from tokjax.models.layers import (
+    Context,
+    LayerCache,
+    Memory,
+    Part,
+    cross_attention,
+    feed_forward,
+    norm,
+    self_attention,
+)
 from tokjax.models.mixing import TokenMixer, with_history
 from tokjax.models.parameters import Params
+from tokjax.models.relative import relative_bias
 from tokjax.models.rotary import Tables, rotary_tables
 from tokjax.parallel.rules import constrain
 
@@ -45,7 +55,9 @@ class Output:
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each added to the residual stream."""
+    """One layer: attention, to a memory too if there is one, and feed-forward, each added to the
+    residual stream.
+    """
 
     config: ModelConfig
 
@@ -68,8 +80,8 @@ class Block(nn.Module):
         before, behind = config.norm_placement != "post", config.norm_placement == "both"
 
         def site(name: str, value: jax.Array) -> jax.Array:
-            # attn_probs are edited where they arise; here they are only captured.
-            value = value if name == "attn_probs" else edits.at(name, value)
+            # Probabilities are edited where they arise; here they are only captured.
+            value = value if name.endswith("_probs") else edits.at(name, value)
             if name in want:
                 captured[name] = value
             return value
@@ -83,10 +95,13 @@ class Block(nn.Module):
 
         x = site("resid_pre", x)
         entered = x
+        read = norm(config, at, x) if before else x
+        if not config.first_attention_norm:
+            read = jnp.where(context.index == 0, x, read)
         attended, buffers = self_attention(
             config,
             at,
-            norm(config, at, x) if before else x,
+            read,
             context,
             edits,
             cached,
@@ -95,6 +110,14 @@ class Block(nn.Module):
         )
         x = x + added("attn_out", at, attended)
         x = site("resid_mid", x if before else norm(config, at, x))
+        if context.memory is not None:
+            cross = weights["cross"]
+            read = norm(config, cross, x) if before else x
+            found = cross_attention(
+                config, cross, read, context.memory, edits, site, "cross_probs" in want
+            )
+            x = x + added("cross_out", cross, found)
+            x = site("resid_cross", x if before else norm(config, cross, x))
         read = entered if config.parallel_residual else x
         out = feed_forward(config, ff, norm(config, ff, read) if before else read, site)
         x = x + added("mlp_out", ff, out)
@@ -163,6 +186,7 @@ class Transformer:
             table.astype(jnp.dtype(self.config.dtype)),
             bias=params["head_bias"] if self.config.head_bias else None,
             softcap=self.config.logit_softcap,
+            scale=1.0 if self.config.logit_scale is None else self.config.logit_scale,
         )
 
     def unembedding(self, params: Params) -> Float[Array, "V D"]:
@@ -181,6 +205,7 @@ class Transformer:
         *,
         positions: Int[Array, "B T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
+        memory: Memory | None = None,
         cache: Cache | None = None,
         edits: Edits | None = None,
         capture: Mapping[str, Callable | None] | frozenset[str] | set[str] = frozenset(),
@@ -193,6 +218,7 @@ class Transformer:
             positions: of the tokens; default 0, 1, ... from each row's cached length.
             segments: tokens attend within their own segment only; default one segment a row. For
                 padded rows see `padding`.
+            memory: what an encoder found, for models with cross-attention.
             cache: keys and values of earlier tokens; x continues each row from its length.
             edits: interventions; every leaf leads with the layer axis.
             capture: sites to return, stacked over layers; a mapping gives each a function
@@ -204,11 +230,14 @@ class Transformer:
                 learned positions.
         """
         config, edits = self.config, edits or Edits()
-        edits.check(config.n_layers)
+        sites = SITES + CROSS_SITES if config.cross_attention else SITES
+        edits.check(config.n_layers, sites)
         reduce = dict(capture) if isinstance(capture, Mapping) else dict.fromkeys(capture)
         for site in reduce:
-            if site not in SITES:
-                raise ValueError(f"unknown capture site {site!r}.{nearest(site, SITES)}")
+            if site not in sites:
+                raise ValueError(f"unknown capture site {site!r}.{nearest(site, sites)}")
+        if config.cross_attention != (memory is not None):
+            raise ValueError("a memory is for models with cross_attention, and they need one")
         B, T, _ = x.shape
         if cache is not None:
             self._check_cache(params, cache, segments, T)
@@ -216,7 +245,8 @@ class Transformer:
             start = jnp.zeros((B, 1), jnp.int32) if cache is None else cache.lengths[:, None]
             positions = start + jnp.arange(T)
         x = self._enter(params, x, positions)
-        layers = _Layers(config, positions, segments, reduce)
+        bias = self._relative_bias(params, T, cache)
+        layers = _Layers(config, positions, segments, reduce, bias, memory)
         if isinstance(params["layers"], tuple):
             x, cache, captured = layers.unrolled(params["layers"], x, edits, cache)
         else:
@@ -259,6 +289,15 @@ class Transformer:
             x = x + jnp.take(params["position_embedding"], rows, axis=0).astype(x.dtype)
         return norm(config, params, x, "embedding_norm") if config.embedding_norm else x
 
+    def _relative_bias(self, params: Params, tokens: int, cache: Cache | None):
+        """Returns the bias of relative positions on the scores of all layers, or None."""
+        if self.config.positions != "relative":
+            return None
+        queries, slots = jnp.arange(tokens)[None], tokens
+        if cache is not None:
+            queries, slots = cache.lengths[:, None] + queries, cache.capacity
+        return relative_bias(self.config, params["relative_bias"], queries, slots)
+
     def __call__(
         self, params: Params, tokens: Int[Array, "B T"], **backbone: Any
     ) -> tuple[Float[Array, "B T V"], Output]:
@@ -279,8 +318,17 @@ class Transformer:
 class _Layers:
     """The blocks of one pass, run one after the other or as a scan."""
 
-    def __init__(self, config: ModelConfig, positions, segments, reduce: Mapping[str, Any]):
+    def __init__(
+        self,
+        config: ModelConfig,
+        positions,
+        segments,
+        reduce: Mapping[str, Any],
+        bias,
+        memory: Memory | None,
+    ):
         self.config, self.segments, self.reduce = config, segments, reduce
+        self.bias, self.memory = bias, memory
         self.module = Block(config, parent=None)
         self.tables: dict[bool, Tables | None] = {False: None, True: None}
         if config.positions == "rotary":
@@ -291,7 +339,9 @@ class _Layers:
     def context(self, layer: int) -> Context:
         """Returns what a block is told whose index is known while the program is written."""
         window = self.config.windows[layer]
-        return Context(self._rotary(window is not None), self.segments, window, layer)
+        memory = None if self.memory is None else self.memory.of_layer(layer)
+        rotary = self._rotary(window is not None)
+        return Context(rotary, self.segments, window, layer, self.bias, memory)
 
     def _rotary(self, local: bool):
         return self.tables[local and self.config.rope_local_theta is not None]
@@ -300,8 +350,8 @@ class _Layers:
         """Returns (x, the layer's new cache buffers, what was captured), with remat applied."""
         want, reduce = frozenset(self.reduce), self.reduce
 
-        def run(weights, x, edits, cached, rotary, window, index):
-            given = Context(rotary, self.segments, window, index)
+        def run(weights, x, edits, cached, rotary, window, index, bias, memory):
+            given = Context(rotary, self.segments, window, index, bias, memory)
             out: Any = self.module.apply({"params": weights}, x, edits, cached, given, want)
             x, buffers, captured = out
             return x, buffers, {k: (reduce[k] or (lambda v: v))(v) for k, v in captured.items()}
@@ -317,11 +367,14 @@ class _Layers:
                 policies.save_only_these_names(attention.SAVED),
             )
             run = jax.checkpoint(run, policy=keep, static_argnums=static)
-        return run(weights, x, edits, cached, context.rotary, context.window, context.index)
+        c = context
+        return run(weights, x, edits, cached, c.rotary, c.window, c.index, c.bias, c.memory)
 
     def scanned(self, layers, x, edits: Edits):
         """Returns (x, captured) behind a scan over stacked layers."""
         config = self.config
+        if self.memory is not None and self.memory.keys:
+            raise ValueError("a memory with keys needs unstacked parameters: parameters.unstack")
         windows = set(config.windows)
         uniform = len(windows) == 1
         local = np.array([w is not None for w in config.windows])
@@ -337,7 +390,7 @@ class _Layers:
                     rotary = jax.tree.map(
                         lambda a, b: jnp.where(is_local, a, b), self.tables[True], rotary
                     )
-            context = Context(rotary, self.segments, window, index)
+            context = Context(rotary, self.segments, window, index, self.bias, self.memory)
             # `None` stands for the cache, which a scanned pass does not have.
             x, _, captured = self.apply(weights, x, edit, None, context)
             return x, captured

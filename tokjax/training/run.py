@@ -123,7 +123,7 @@ class Run:
         del tree["micro_batches"]
         for key in ("cache_dir", "prefetch", "evals", "train", "tokenizer", "on_error"):
             del tree["data"][key]
-        for key in ("remat", "unroll", "attention"):
+        for key in ("remat", "unroll", "attention", "base"):
             del tree["model"][key]
         # Data are known by their content, wherever they lie.
         tree["data"]["train"] = [store.fingerprint[:16] for store in self.stores]

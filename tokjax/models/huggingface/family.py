@@ -188,7 +188,7 @@ def config_to_fields(config: ModelConfig) -> dict[str, Any]:
 
 # Not a matter of the checkpoint.
 _OF_TRAINING = frozenset(
-    ["init_scale", "dtype", "param_dtype", "remat", "unroll", "attention", "window_pattern"]
+    ["init_scale", "dtype", "param_dtype", "remat", "unroll", "attention", "window_pattern", "base"]
 )
 _DERIVED = {
     "n_kv_heads": "kv_heads",

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokjax.errors import StorageError
+from tokjax.errors import ConfigError, StorageError
 from tokjax.files import storage_errors, sync_directory
 from tokjax.models import parameters
 from tokjax.models.huggingface.family import Tensor, config_to_fields, family_of, to_stored
@@ -57,10 +57,12 @@ def save(
         overwrite: replace a folder that holds something already.
 
     Raises:
-        ConfigError: the family cannot express the model.
+        ConfigError: the family cannot express the model, or it has adapters.
         StorageError: the folder is not empty, or cannot be written.
     """
     folder = Path(folder)
+    if model.config.lora is not None:
+        raise ConfigError("the model has adapters: merge them (lora.merge), or save them alone")
     fields = config_to_fields(model.config)
     if folder.exists() and not overwrite and (folder.is_file() or any(folder.iterdir())):
         raise StorageError(f"{folder} exists already: choose another folder, or overwrite=True")
