@@ -13,12 +13,13 @@ from tokjax.config.schema import (
     register,
     registered_name,
 )
-from tokjax.config.values import diff, plain, resolve, to_dict
+from tokjax.config.values import defaults_of, diff, plain, resolve, to_dict
 
 __all__ = [
     "Choice",
     "FrozenDict",
     "choices",
+    "defaults_of",
     "diff",
     "field_types",
     "load",

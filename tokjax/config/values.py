@@ -74,6 +74,23 @@ def to_dict(config: Any) -> dict[str, Any]:
     return result
 
 
+def defaults_of(config: Any) -> dict[str, Any]:
+    """Returns the tree of `to_dict` with the schema's defaults instead of the values.
+
+    Left out: keys without a default, and those of a part that by default is absent or another.
+    """
+    result: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field_default(type(config), field.name)
+        if not field.init or default is MISSING:
+            continue
+        if dataclasses.is_dataclass(value) and type(value) is type(default):
+            result[field.name] = defaults_of(value)
+        else:
+            result[field.name] = to_plain(default)
+    return result
+
+
 def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Returns (dotted key, value in `a`, value in `b`) of every leaf that differs, sorted.
 

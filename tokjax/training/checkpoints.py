@@ -113,6 +113,8 @@ class Checkpointer:
         config: see `CheckpointConfig`.
         identity: the resolved configuration keys (nested or dotted, JSON values) that a run must
             share with the checkpoint it continues from.
+        defaults: the schema's default of these keys: one that a checkpoint lacks, because it is
+            younger than the checkpoint, must have it.
         read_only: never write: for evaluation and decoding, also while a run saves here.
 
     Raises:
@@ -127,6 +129,7 @@ class Checkpointer:
         config: CheckpointConfig,
         *,
         identity: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
         read_only: bool = False,
     ):
         if re.match(r"[a-z0-9]+:/", str(directory)):
@@ -137,6 +140,7 @@ class Checkpointer:
         self._directory = Path(directory).absolute()
         self._config = config
         self._identity = flatten_identity(identity)
+        self._defaults = flatten_identity(defaults or {})
         self._read_only = read_only
         self._folder = CheckpointFolder(self._directory)
         self._writer: Any = None
@@ -468,7 +472,7 @@ class Checkpointer:
 
     def _load(self, manifest: Manifest, template: PyTree, lost: tuple[LostStep, ...]) -> Restored:
         directory = self._folder.step_directory(manifest.step)
-        check_identity(directory, manifest.identity, self._identity)
+        check_identity(directory, manifest.identity, self._identity, self._defaults)
         saved = {name: LeafSpec.parse(leaf) for name, leaf in manifest.leaves.items()}
         wanted = {name: spec_of(name, leaf) for name, leaf in name_leaves(template).items()}
         check_leaves(str(directory), saved, wanted)

@@ -20,15 +20,25 @@ def flatten_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     return _flatten(json.loads(json.dumps(dict(identity))), "")
 
 
-def check_identity(place: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+def check_identity(
+    place: Path,
+    saved: Mapping[str, Any],
+    mine: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
     """Does nothing if the flat identities of a checkpoint and of this run are equal.
+
+    A key that the checkpoint lacks was added to the schema after it was made; that is no
+    difference where the run leaves it at its default.
 
     Raises:
         CheckpointError: naming every key that differs, with both values.
     """
+    added = {key: mine[key] for key in mine if key not in saved}
+    kept = {key for key in added if _value(added, key) == _value(defaults or {}, key)}
     lines = [
         f"\n  {key}: {_value(saved, key)} in the checkpoint, {_value(mine, key)} in this run"
-        for key in sorted({*saved, *mine})
+        for key in sorted({*saved, *mine} - kept)
         if _value(saved, key) != _value(mine, key)
     ]
     if lines:
@@ -41,6 +51,8 @@ def check_identity(place: Path, saved: Mapping[str, Any], mine: Mapping[str, Any
 def _flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+            value = {str(i): child for i, child in enumerate(value)}
         if isinstance(value, dict) and value:
             flat |= _flatten(value, f"{prefix}{key}.")
         else:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tokjax.config import defaults_of
 from tokjax.data.batch import Batch
 from tokjax.data.feed import prefetch, to_device
 from tokjax.decoding.text import generate_text
@@ -98,7 +99,12 @@ class _Training:
         self.exit_reason = "failed"
         stack.callback(self.close_ledger)
         self.checkpointer = stack.enter_context(
-            Checkpointer(workdir / "checkpoints", run.config.checkpoints, identity=run.identity())
+            Checkpointer(
+                workdir / "checkpoints",
+                run.config.checkpoints,
+                identity=run.identity(),
+                defaults=defaults_of(run.config),
+            )
         )
         self.compiles = stack.enter_context(CompileWatch())
         self.provenance = facts.provenance(run)
