@@ -59,7 +59,7 @@ def params():
 def _score(params, tokens):
     x = MODEL.backbone(params, MODEL.embed(params, tokens)).x
     targets = jnp.roll(tokens, -1, axis=1)
-    stats = token_stats(x, MODEL.unembedding(params), targets, want=("logprob", "entropy"))
+    stats = token_stats(x, MODEL.head(params), targets, want=("logprob", "entropy"))
     return stats, MODEL.unembed(params, x)
 
 

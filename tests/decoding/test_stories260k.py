@@ -92,7 +92,7 @@ def _score(model, params, ids):
 
     @jax.jit
     def score(params, ids):
-        x, head = model.backbone(params, model.embed(params, ids)).x, model.unembedding(params)
+        x, head = model.backbone(params, model.embed(params, ids)).x, model.head(params)
         want = ("nll", "logprob", "entropy")
         return (
             token_stats(x[:, :-1], head, ids[:, 1:], want=want),

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tokjax.models.head import Head
 from tokjax.parallel.mesh import MeshConfig, build_mesh
 from tokjax.signals import vocabulary, weighted_nll
 
@@ -65,6 +66,26 @@ def test_value_without_a_gradient_is_the_same_number(monkeypatch):
     monkeypatch.setattr(vocabulary, "_CHUNK_LOGITS", 1)
     args = case(2)
     close(jax.jit(lambda *a: weighted_nll(*a, z_loss=0.1))(*args), naive(*args, z_loss=0.1))
+
+
+def test_bias_softcap_and_scale_enter_values_and_gradients(monkeypatch):
+    monkeypatch.setattr(vocabulary, "_CHUNK_TOKENS", 5)
+    monkeypatch.setattr(vocabulary, "_CHUNK_LOGITS", 1)
+    x, table, targets, weights = case(2)
+    bias = jnp.asarray(np.random.default_rng(5).normal(size=V), jnp.float32)
+
+    def loss(x, head):
+        return weighted_nll(x, head, targets, weights, 0.03)[0]
+
+    def plain(x, head):
+        z = 2.0 * jnp.tanh(0.7 * (jnp.einsum("btd,vd->btv", x, head.table) + head.bias) / 2.0)
+        return naive(z, jnp.eye(V), targets, weights, 0.03)[0]
+
+    arguments = (x, Head(table, bias, softcap=2.0, scale=0.7))
+    found, expected = (
+        jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))(*arguments) for fn in (loss, plain)
+    )
+    close(found, expected)
 
 
 def test_repeated_targets_of_one_position_add_up():
@@ -171,6 +192,18 @@ def test_no_buffer_of_all_logits(monkeypatch):
     logits = 8 * 16 * 512
     assert largest(naive) >= logits  # the measure sees such a buffer where there is one
     assert largest(weighted_nll) < logits / 4
+
+
+def test_an_id_outside_the_vocabulary_is_left_out_by_weight_only():
+    x, table, targets, weights = case()
+    fn = graded(weighted_nll, 0.1)
+    # Position [0, 1] has weight 0.
+    (value, nll), gradients = fn(x, table, targets.at[0, 1].set(-100), weights)
+    (expected, _), (d_x, d_table, _) = fn(x, table, targets, weights)
+    assert value == expected and np.isnan(nll[0, 1])
+    np.testing.assert_array_equal(gradients[0], d_x)
+    np.testing.assert_array_equal(gradients[1], d_table)
+    assert np.isnan(fn(x, table, targets.at[0, 0].set(V), weights)[0][0])
 
 
 @pytest.mark.parametrize("shape", [(B, T), (B, T + 1, 1), (B, T, 2)])

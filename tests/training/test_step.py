@@ -298,7 +298,7 @@ def loss_gradient_and_nll(params, batch):
         positions=batch.positions,
         segments=batch.segment_ids,
     )
-    nll = token_stats(out.x, MODEL.unembedding(params), batch.targets).nll
+    nll = token_stats(out.x, MODEL.head(params), batch.targets).nll
     return value, gradient, nll
 
 

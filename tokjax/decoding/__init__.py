@@ -2,7 +2,13 @@
 
 from tokjax.decoding.context import Context
 from tokjax.decoding.engine import Generation, check_prompts, decode
-from tokjax.decoding.predictors import ModelPredictor, Predictor, StepOutput
+from tokjax.decoding.predictors import (
+    Conditioned,
+    EncoderDecoderPredictor,
+    ModelPredictor,
+    Predictor,
+    StepOutput,
+)
 from tokjax.decoding.prompts import Prompts
 from tokjax.decoding.samplers import Sampler, categorical, greedy
 from tokjax.decoding.stops import Stop, any_of, never, on_tokens
@@ -17,7 +23,9 @@ from tokjax.decoding.transforms import (
 )
 
 __all__ = [
+    "Conditioned",
     "Context",
+    "EncoderDecoderPredictor",
     "Generation",
     "ModelPredictor",
     "Predictor",

@@ -16,7 +16,9 @@ from tokjax.decoding.prompts import Prompts
 from tokjax.models import cache as kv
 from tokjax.models import parameters
 from tokjax.models.cache import Cache
+from tokjax.models.encdec import EncoderDecoder
 from tokjax.models.head import from_products
+from tokjax.models.layers import Memory
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
 
@@ -82,7 +84,7 @@ class ModelPredictor:
         if jax.default_backend() == "cpu":
             # One row times a table of [V, D] runs a tenth of a step slower than times [D, V]; the
             # barrier keeps the compiler from moving the transposition into the loop.
-            head = self.model.unembedding(params).T
+            head = self.model.head(params).table.T
             prepared["transposed_head"] = jax.lax.optimization_barrier(head)
         return prepared
 
@@ -94,7 +96,9 @@ class ModelPredictor:
         """
         embedded = self.model.embed(prepared, prompts.tokens)
         mixed = {"resid_post"} if self.model.config.mixer is not None else set()
-        out = self.model.backbone(prepared, embedded, capture={"k", "v"} | mixed)
+        out = self.model.backbone(
+            prepared, embedded, memory=prepared.get("memory"), capture={"k", "v"} | mixed
+        )
         layers = range(self.model.config.n_layers)
         cache = kv.fill(
             self.model.init_cache(prompts.tokens.shape[0], capacity),
@@ -111,7 +115,7 @@ class ModelPredictor:
     ) -> tuple[Cache, StepOutput]:
         """Returns the cache with one more token a row, and the logits behind it."""
         embedded = self.model.embed(prepared, tokens[:, None])
-        out = self.model.backbone(prepared, embedded, cache=state)
+        out = self.model.backbone(prepared, embedded, memory=prepared.get("memory"), cache=state)
         assert out.cache is not None
         return out.cache, self._say(prepared, out.x)
 
@@ -123,6 +127,60 @@ class ModelPredictor:
         return StepOutput(from_products(self.model.head(prepared), products))
 
 
+@struct.dataclass
+class Conditioned:
+    """What an encoder-decoder decodes from, in the place of its parameters.
+
+    Attributes:
+        params: of the model.
+        memory: from `EncoderDecoder.encode`, a row for each prompt.
+    """
+
+    params: Params
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class EncoderDecoderPredictor:
+    """Predictions of an encoder-decoder's decoder beside a memory; one of its passes a token.
+
+    Its parameters are `Conditioned`; prompts are the decoder's, usually a start token each.
+    """
+
+    model: EncoderDecoder
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self._decoder.vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence, prompt and new tokens together."""
+        return self._decoder.max_positions
+
+    @property
+    def _decoder(self) -> ModelPredictor:
+        return ModelPredictor(self.model.decoder)
+
+    def prepare(self, params: Conditioned) -> dict[str, Any]:
+        """Returns the decoder's per-layer parameters, and the memory's keys and values."""
+        memory = self.model.remember(params.params, params.memory)
+        return {**self._decoder.prepare(params.params["decoder"]), "memory": memory}
+
+    def init(self, prepared: Params, prompts: Prompts, capacity: int) -> tuple[Cache, StepOutput]:
+        """Returns the filled cache and the logits behind each prompt's last token."""
+        return self._decoder.init(prepared, prompts, capacity)
+
+    def step(
+        self, prepared: Params, state: Cache, tokens: Int[Array, "B"]
+    ) -> tuple[Cache, StepOutput]:
+        """Returns the cache with one more token a row, and the logits behind it."""
+        return self._decoder.step(prepared, state, tokens)
+
+
 def as_predictor(model: Any) -> Predictor:
     """Returns a model's own predictor; a predictor is returned as it is."""
+    if isinstance(model, EncoderDecoder):
+        return EncoderDecoderPredictor(model)
     return ModelPredictor(model) if isinstance(model, Transformer) else model

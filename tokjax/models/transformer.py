@@ -189,10 +189,6 @@ class Transformer:
             scale=1.0 if self.config.logit_scale is None else self.config.logit_scale,
         )
 
-    def unembedding(self, params: Params) -> Float[Array, "V D"]:
-        """Returns the output head's table alone, one row per token id, in the compute dtype."""
-        return self.head(params).table
-
     def unembed(self, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns float32 logits. Training uses `signals.token_stats` instead: no [B, T, V]."""
         B, T, D = x.shape

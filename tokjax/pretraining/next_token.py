@@ -45,7 +45,7 @@ class NextToken:
         )
         total, nll = weighted_nll(
             out.x,
-            model.unembedding(params),
+            model.head(params),
             batch.targets[..., None],
             batch.weights[..., None],
             self.z_loss,

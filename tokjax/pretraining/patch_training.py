@@ -170,7 +170,7 @@ class Patch:
         weight = weights.sum()
         if self.average == "offset":
             weights = _offset_means(weights)
-        total, nll = weighted_nll(out.x, model.unembedding(params), targets, weights, self.z_loss)
+        total, nll = weighted_nll(out.x, model.head(params), targets, weights, self.z_loss)
         metrics = {"nll": ((nll * weights).sum(), weight)}
         for j in range(1 if self.targets == "token" else self.k):
             metrics[f"nll_offset_{j}"] = ((nll * weights)[..., j].sum(), weights[..., j].sum())

@@ -1,4 +1,4 @@
-"""Streaming over tokens, so that logits exist for a few hundred tokens at a time only."""
+"""Streaming over tokens and over the vocabulary, so that only a tile of logits exists at a time."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
 
+from tokjax.models.head import Head, logits
 from tokjax.parallel.rules import BATCH_AXES, current_mesh_shape
 
 # A chunk's logits take 8 MB up to a vocabulary of 8,192: they stay in a CPU's last-level cache.
@@ -15,10 +17,28 @@ from tokjax.parallel.rules import BATCH_AXES, current_mesh_shape
 _CHUNK_LOGITS = 2**21
 _CHUNK_TOKENS = 256
 
+# The largest vocabulary that is not cut, and the size of a block of one that is. A tile of 1,024
+# tokens by 2,048 ids keeps every product of a CPU at its peak and every operand in its cache;
+# an accelerator's products need more to work on.
+_UNCUT = 4096
+_BLOCK = 2048
+_TILE_LOGITS = 2**21
+_ACCELERATOR = 4  # times as many tokens and as many ids
+
 
 def chunk_size(vocabulary: int, tokens: int) -> int:
-    """Returns how many tokens to score at a time."""
+    """Returns how many tokens to score at a time against the whole vocabulary."""
     return min(tokens, max(_CHUNK_TOKENS, _CHUNK_LOGITS // vocabulary))
+
+
+def tile_size(vocabulary: int, tokens: int) -> tuple[int, int]:
+    """Returns how many tokens, against how many token ids, to score at a time."""
+    # Cutting a vocabulary that is split over devices would gather it.
+    whole = vocabulary <= _UNCUT or current_mesh_shape().get("tensor", 1) > 1
+    factor = 1 if jax.default_backend() == "cpu" else _ACCELERATOR
+    ids = vocabulary if whole else min(vocabulary, factor * _BLOCK)
+    most = max(_CHUNK_TOKENS, factor**2 * _TILE_LOGITS // ids)
+    return math.ceil(tokens / math.ceil(tokens / most)), ids
 
 
 def in_chunks(arrays: Any, size: int) -> tuple[Any, int]:
@@ -33,30 +53,79 @@ def in_chunks(arrays: Any, size: int) -> tuple[Any, int]:
     return jax.tree.map(split, arrays), n
 
 
-def per_shard(fn: Callable, x: jax.Array, table: jax.Array, *per_token: jax.Array) -> Any:
-    """Returns fn(x, table, *per_token), run by each device on its own rows and positions.
+def from_chunks(arrays: Any, n: int) -> Any:
+    """Returns arrays [chunks, size, ...] as [N, ...]."""
+    return jax.tree.map(lambda a: flat(a)[:n], arrays)
+
+
+def flat(arrays: Any) -> Any:
+    """Returns arrays [B, T, ...] as [B * T, ...]; axes behind may be empty."""
+    return jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), arrays)
+
+
+def fold_blocks(step: Callable, carry: Any, vocabulary: int, size: int) -> Any:
+    """Returns `carry = step(carry, start)` after the blocks that start at 0, size, 2 size, ..."""
+    if size == vocabulary:
+        return step(carry, 0)
+    starts = jnp.arange(0, vocabulary, size)
+    return jax.lax.scan(lambda c, start: (step(c, start), None), carry, starts)[0]
+
+
+def block_ids(
+    start: int | Int[Array, ""], vocabulary: int, size: int
+) -> tuple[Int[Array, "v"], Bool[Array, "v"]]:
+    """Returns the ids of the block at `start`, and which of them no earlier block holds.
+
+    The last block is moved back to end with the vocabulary: padding the table would copy it.
+    """
+    ids = jnp.minimum(start, vocabulary - size) + jnp.arange(size)
+    return ids, ids >= start
+
+
+def head_block(head: Head, start: int | Int[Array, ""], size: int) -> Head:
+    """Returns the head of the ids of the block at `start`."""
+    if size == head.table.shape[0]:
+        return head
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), head)
+
+
+def logits_tile(
+    head: Head, x: Float[Array, "n D"], start: int | Int[Array, ""], size: int
+) -> Float[Array, "n v"]:
+    """Returns the logits of the block at `start`; -inf for ids that an earlier block holds."""
+    z = logits(head_block(head, start, size), x)
+    vocabulary = head.table.shape[0]
+    if vocabulary % size:
+        z = jnp.where(block_ids(start, vocabulary, size)[1], z, -jnp.inf)
+    return z
+
+
+def per_shard(fn: Callable, tokens: Any, shared: Any) -> Any:
+    """Returns fn(tokens, shared), run by each device on its own rows and positions.
 
     Without this, the compiler would sum the table's gradient over devices once per chunk instead
-    of once per step. `fn` must return arrays that lead with the token axes [B, T] or, for sums,
-    with a single axis of length 1, of which each device contributes one entry.
+    of once per step. The leaves of `tokens` lead with the axes [B, T]; `shared` is the same on
+    every device. `fn` must return arrays that lead with [B, T] or, for sums, with a single axis
+    of length 1, of which each device contributes one entry.
     """
     mesh = current_mesh_shape()
+    shape = jax.tree.leaves(tokens)[0].shape
     rows = tuple(a for a in BATCH_AXES if mesh.get(a, 1) > 1)
     columns = "sequence" if mesh.get("sequence", 1) > 1 else None
-    if x.shape[0] % math.prod(mesh[a] for a in rows):
+    if shape[0] % math.prod(mesh[a] for a in rows):
         rows = ()
-    if columns and x.shape[1] % mesh[columns]:
+    if columns and shape[1] % mesh[columns]:
         columns = None
     manual = (*rows, *((columns,) if columns else ()))
     if not manual:
-        return fn(x, table, *per_token)
-    tokens = P(rows, columns)
-    out = jax.eval_shape(fn, x, table, *per_token)
-    out_specs = jax.tree.map(lambda a: P(manual) if a.shape == (1,) else tokens, out)
+        return fn(tokens, shared)
+    spec = P(rows, columns)
+    out = jax.eval_shape(fn, tokens, shared)
+    out_specs = jax.tree.map(lambda a: P(manual) if a.shape == (1,) else spec, out)
     return jax.shard_map(
         fn,
-        in_specs=(tokens, P(), *(tokens for _ in per_token)),
+        in_specs=(spec, P()),
         out_specs=out_specs,
         axis_names=frozenset(manual),
         check_vma=False,
-    )(x, table, *per_token)
+    )(tokens, shared)

@@ -5,115 +5,144 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tokjax.signals.vocabulary import chunk_size, in_chunks, per_shard
+from tokjax.models.head import Head, as_head, logits, logits_vjp
+from tokjax.signals.soft_targets import SoftTargets, at_ids, soft_tile
+from tokjax.signals.vocabulary import chunk_size, flat, from_chunks, in_chunks, per_shard
 
 
 def weighted_nll(
     x: Float[Array, "B T D"],
-    unembedding: Float[Array, "V D"],
+    head: Head | Float[Array, "V D"],
     targets: Int[Array, "B T K"],
     weights: Float[Array, "B T K"],
     z_loss: float = 0.0,
+    *,
+    soft: SoftTargets | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B T K"]]:
     """Returns the weighted sum of the targets' negative log-likelihoods, and each of them.
 
     One position may have several targets (K = 1 is next-token prediction); they share one
-    log-sum-exp. The sum is differentiable with respect to x, the unembedding and the weights; its
+    log-sum-exp. The sum is differentiable with respect to x, the head and the weights; its
     gradient is computed on the way forward, chunk by chunk, so logits are never computed twice
     and never kept. The second result is for metrics and carries no gradient.
 
     Args:
         x: final hidden states.
-        unembedding: output head, one row per token id.
+        head: a Head, or the plain table of one row per token id.
         targets: ids.
-        weights: any real numbers; 0 leaves a target out.
+        weights: any real numbers; 0 leaves a target out, whatever its id.
         z_loss: coefficient of the squared log-sum-exp (Chowdhery et al. 2022, arXiv 2204.02311,
             section 5), added once per unit of a position's weight.
+        soft: target distributions whose cross entropy is added to the sum. Their masses weigh
+            positions (`SoftTargets.weighted`), for `weights` does not touch them.
 
     Raises:
         ValueError: shapes that do not fit together.
     """
+    head = as_head(head)
+    if x.ndim != 3 or x.shape[-1] != head.table.shape[1]:
+        raise ValueError(f"x {x.shape} must be [B, T, D] for the head's table {head.table.shape}")
     if targets.shape != weights.shape or targets.shape[:2] != x.shape[:2] or targets.ndim != 3:
         raise ValueError(
             f"targets {targets.shape} and weights {weights.shape} must both be [B, T, K] for "
             f"x {x.shape}"
         )
-    fn = lambda *args: _weighted_nll(*args, z_loss)  # noqa: E731
-    totals, nll = per_shard(fn, x, unembedding, targets, weights.astype(jnp.float32))
+    soft_of_tokens, rows = None, None
+    if soft is not None:
+        soft.check(x.shape[:2], head.table.shape[0])
+        soft_of_tokens, rows = soft.split()
+
+    def local(tokens, shared):
+        leading = tokens[0].shape[:2]
+        x, targets, weights, soft = flat(tokens)
+        total, nll = _weighted_nll(z_loss, x, shared[0], weights, (targets, soft), shared[1])  # type: ignore[misc]
+        return total, nll.reshape(*leading, nll.shape[-1])
+
+    tokens = (x, targets, weights.astype(jnp.float32), soft_of_tokens)
+    totals, nll = per_shard(local, tokens, (head, rows))
     return totals.sum(), jax.lax.stop_gradient(nll)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _weighted_nll(x, unembedding, targets, weights, z_loss):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_nll(z_loss, x, head, weights, targets, rows):
     def score(_, chunk):
-        x, targets, weights = chunk
-        logits = _logits(x, unembedding)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        nll = lse[:, None] - jnp.take_along_axis(logits, targets, axis=-1)
-        return None, (nll, _penalised(nll, lse, weights, z_loss))
+        x, weights, (targets, soft) = chunk
+        z = logits(head, x)
+        lse = jax.nn.logsumexp(z, axis=-1)
+        nll = lse[:, None] - _at(z, targets)
+        value, _ = _value(z_loss, weights, nll, lse, _soft_terms(soft, rows, z, lse))
+        return None, (nll, value)
 
-    chunks, n = _chunks(x, unembedding, targets, weights)
+    chunks, n = _chunks(head, x, weights, targets)
     _, (nll, values) = jax.lax.scan(score, None, chunks)
-    return _finish(values, nll, n, targets.shape)
+    return values.sum()[None], from_chunks(nll, n)
 
 
-def _forward(x, unembedding, targets, weights, z_loss):
-    ids = jnp.arange(unembedding.shape[0])
+def _forward(z_loss, x, head, weights, targets, rows):
+    ids = jnp.arange(head.table.shape[0])
 
-    def score(d_table, chunk):
-        x, targets, weights = chunk
-        logits = _logits(x, unembedding)
-        largest = logits.max(-1, keepdims=True)
-        exponentials = jnp.exp(logits - largest)
+    def score(d_head, chunk):
+        x, weights, (targets, soft) = chunk
+        z = logits(head, x)
+        largest = z.max(-1, keepdims=True)
+        exponentials = jnp.exp(z - largest)
         total = exponentials.sum(-1, keepdims=True)
         lse = (largest + jnp.log(total))[:, 0]
-        nll = lse[:, None] - jnp.take_along_axis(logits, targets, axis=-1)
-        mass = weights.sum(-1)
-        d_logits = exponentials * ((mass * (1 + 2 * z_loss * lse)) / total[:, 0])[:, None]
-        for k in range(targets.shape[1]):
-            d_logits -= jnp.where(targets[:, k, None] == ids, weights[:, k, None], 0.0)
-        d_logits = d_logits.astype(x.dtype)
-        d_x = d_logits @ unembedding
-        d_table += jnp.einsum("nv,nd->vd", d_logits, x, preferred_element_type=jnp.float32)
+        nll = lse[:, None] - _at(z, targets)
+        terms = _soft_terms(soft, rows, z, lse)
+        value, mass = _value(z_loss, weights, nll, lse, terms)
+        d_z = exponentials * ((mass * (1 + 2 * z_loss * lse)) / total[:, 0])[:, None]
+        d_z -= at_ids(targets, weights, ids)
+        if terms is not None:
+            d_z -= terms[0]
+        d_x, d_part = logits_vjp(head, x, z, d_z)
         d_weights = nll + z_loss * jnp.square(lse)[:, None]
-        return d_table, (nll, _penalised(nll, lse, weights, z_loss), d_x, d_weights)
+        d_head = jax.tree.map(jnp.add, d_head, d_part)
+        return d_head, (nll, value, d_x.astype(x.dtype), d_weights)
 
-    chunks, n = _chunks(x, unembedding, targets, weights)
-    start = jnp.zeros(unembedding.shape, jnp.float32)
-    d_table, (nll, values, d_x, d_weights) = jax.lax.scan(score, start, chunks)
-    d_x = d_x.reshape(-1, x.shape[-1])[:n].reshape(x.shape)
-    d_weights = d_weights.reshape(-1, targets.shape[-1])[:n].reshape(targets.shape)
-    residuals = (d_x, d_table.astype(unembedding.dtype), d_weights)
-    return _finish(values, nll, n, targets.shape), (residuals, targets.shape)
+    chunks, n = _chunks(head, x, weights, targets)
+    start = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head)
+    d_head, (nll, values, d_x, d_weights) = jax.lax.scan(score, start, chunks)
+    d_head = jax.tree.map(lambda d, a: d.astype(a.dtype), d_head, head)
+    nll, d_x, d_weights = from_chunks((nll, d_x, d_weights), n)
+    return (values.sum()[None], nll), (d_x, d_head, d_weights)
 
 
-def _backward(z_loss, saved, cotangents):
-    (d_x, d_table, d_weights), shape = saved
+def _backward(z_loss, gradients, cotangents):
     scale = cotangents[0][0]
-    no_gradient = np.zeros(shape, jax.dtypes.float0)  # of the integer targets
     by = lambda a: (a.astype(jnp.float32) * scale).astype(a.dtype)  # noqa: E731
-    return by(d_x), by(d_table), no_gradient, by(d_weights)
+    return *jax.tree.map(by, gradients), None, None
 
 
 _weighted_nll.defvjp(_forward, _backward)
 
 
-def _logits(x: Float[Array, "N D"], unembedding: Float[Array, "V D"]) -> Float[Array, "N V"]:
-    return jnp.einsum("nd,vd->nv", x, unembedding, preferred_element_type=jnp.float32)
+def _at(z, targets) -> Float[Array, "n K"]:
+    """Returns the logits of the targets; NaN for ids outside the vocabulary."""
+    found = jnp.take_along_axis(z, jnp.clip(targets, 0, z.shape[-1] - 1), axis=-1)
+    return jnp.where((targets >= 0) & (targets < z.shape[-1]), found, jnp.nan)
 
 
-def _penalised(nll, lse, weights, z_loss) -> Any:
-    value = (weights * nll).sum(-1)
-    return value + z_loss * weights.sum(-1) * jnp.square(lse) if z_loss else value
+def _soft_terms(soft, rows, z, lse) -> Any:
+    """Returns the soft targets over the vocabulary, their mass and their cross entropy."""
+    if soft is None:
+        return None
+    q = jnp.broadcast_to(soft_tile(soft, rows, 0, z.shape[-1], z.shape[-1]), z.shape)
+    return q, q.sum(-1), jnp.where(q != 0, q * (lse[:, None] - z), 0.0).sum(-1)
 
 
-def _chunks(x, unembedding, targets, weights):
-    flat = (x.reshape(-1, x.shape[-1]), *(a.reshape(-1, a.shape[-1]) for a in (targets, weights)))
-    return in_chunks(flat, chunk_size(unembedding.shape[0], flat[0].shape[0]))
+def _value(z_loss, weights, nll, lse, terms) -> Any:
+    """Returns the loss of each position, and its weight."""
+    mass = weights.sum(-1)
+    # The NaN of an id that means nothing must not pass a weight of 0.
+    value = jnp.where(weights == 0, 0.0, weights * nll).sum(-1)
+    if terms is not None:
+        mass = mass + terms[1]
+        value = value + terms[2]
+    return value + z_loss * mass * jnp.square(lse) if z_loss else value, mass
 
 
-def _finish(values, nll, n, shape):
-    return values.sum()[None], nll.reshape(-1, shape[-1])[:n].reshape(shape)
+def _chunks(head, x, weights, targets):
+    return in_chunks((x, weights, targets), chunk_size(head.table.shape[0], x.shape[0]))
