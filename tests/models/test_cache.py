@@ -127,3 +127,125 @@ def test_a_cache_has_the_compute_dtype_and_only_key_value_heads(tiny):
     assert {a.shape for a in cache.keys + cache.values} == {(B, 5, 2, 8)}
     assert len(cache.keys) == tiny.config.n_layers
     assert len({id(a) for a in cache.keys + cache.values}) == 2 * tiny.config.n_layers
+
+
+@pytest.fixture(scope="module")
+def windowed(tiny):
+    """A model whose first and last layers see four tokens: (model, unstacked parameters)."""
+    config = dataclasses.replace(
+        tiny.config, sliding_window=4, window_pattern=(True, False, True), rope_local_theta=90.0
+    )
+    return Transformer(config), parameters.unstack(tiny.params)
+
+
+def run_steps(model, params, cache, tokens, sizes):
+    step = jax.jit(lambda cache, tokens: model(params, tokens, cache=cache)[::1])
+    parts, at = [], 0
+    for size in sizes:
+        logits, out = step(cache, tokens[:, at : at + size])
+        cache, at = out.cache, at + size
+        parts.append(logits)
+    return np.concatenate(parts, 1), cache
+
+
+@pytest.mark.parametrize("sizes", [(1,) * T, (3, 3, 3, 3), (2, 3, 1, 1, 3, 2)])
+def test_a_windowed_layer_keeps_a_ring(tiny, windowed, sizes):
+    model, params = windowed
+    whole = jax.jit(lambda p: model(p, tiny.tokens)[0])(params)
+    cache = model.init_cache(B, T, chunk=max(sizes))
+    assert [a.shape[1] for a in cache.keys] == [3 + max(sizes), T, 3 + max(sizes)]
+    logits, cache = run_steps(model, params, cache, tiny.tokens, sizes)
+    np.testing.assert_allclose(logits, whole, **TOLERANCE)
+
+
+def test_scanned_windows_are_those_of_single_layers(tiny, windowed):
+    model, params = windowed
+    scanned = jax.jit(lambda p: model(p, tiny.tokens)[0])(parameters.stack(params))
+    unrolled = jax.jit(lambda p: model(p, tiny.tokens)[0])(params)
+    np.testing.assert_allclose(scanned, unrolled, **TOLERANCE)
+    everywhere = Transformer(dataclasses.replace(model.config, window_pattern=()))
+    other = jax.jit(lambda p: everywhere(p, tiny.tokens)[0])(params)
+    assert np.abs(other - unrolled).max() > 1e-2
+
+
+def test_a_ring_takes_back_as_many_tokens_as_a_pass_may_add(tiny, windowed):
+    model, params = windowed
+    whole = jax.jit(lambda p: model(p, tiny.tokens)[0])(params)
+    cache = model.init_cache(B, T, chunk=3)
+    _, cache = run_steps(model, params, cache, tiny.tokens, (3, 3, 2))
+    _, drafted = run_steps(model, params, cache, jnp.full((B, 3), 5), (3,))
+    logits, _ = run_steps(model, params, drafted.rewind(cache.lengths), tiny.tokens[:, 8:], (1, 3))
+    np.testing.assert_allclose(logits, whole[:, 8:], **TOLERANCE)
+
+
+def test_ragged_rows_fill_a_ring_with_their_latest_tokens(tiny, windowed):
+    model, params = windowed
+    whole = jax.jit(lambda p: model(p, tiny.tokens)[0])(params)
+    lengths = jnp.array([10, 2])
+    out = model.backbone(params, model.embed(params, tiny.tokens), capture={"k", "v"})
+    cache = kv.fill(
+        model.init_cache(B, T),
+        [out.captured["k"][i] for i in range(3)],
+        [out.captured["v"][i] for i in range(3)],
+        lengths,
+    )
+    for i in range(2):
+        tokens = tiny.tokens[np.arange(B), lengths + i][:, None]
+        logits, cache = run_steps(model, params, cache, tokens, (1,))
+        expected = whole[np.arange(B), lengths + i]
+        np.testing.assert_allclose(logits[:, 0], expected, **TOLERANCE)
+
+
+def test_a_pass_longer_than_a_rings_chunk_is_refused(tiny, windowed):
+    model, params = windowed
+    with pytest.raises(ValueError, match=r"made for 2 at a time; give init_cache chunk=3"):
+        model(params, tiny.tokens[:, :3], cache=model.init_cache(B, T, chunk=2))
+
+
+def test_growing_in_the_middle_changes_nothing(tiny, windowed):
+    model, params = windowed
+    whole = jax.jit(lambda p: model(p, tiny.tokens)[0])(params)
+    small = model.init_cache(B, 3)
+    first, small = run_steps(model, params, small, tiny.tokens, (1, 1, 1))
+    grown = small.grow(8, model.config)
+    second, grown = run_steps(model, params, grown, tiny.tokens[:, 3:], (1,) * 5)
+    last = grown.grow(T, model.config)
+    assert [a.shape[1] for a in last.keys] == [4, T, 4]
+    third, _ = run_steps(model, params, last, tiny.tokens[:, 8:], (1,) * 4)
+    np.testing.assert_allclose(np.concatenate([first, second, third], 1), whole, **TOLERANCE)
+
+
+def test_eight_bit_storage_is_close_and_a_quarter_of_the_bytes(tiny, windowed, whole):
+    for model, params, expected in (
+        (tiny.model, parameters.unstack(tiny.params), whole),
+        (*windowed, jax.jit(lambda p: windowed[0](p, tiny.tokens)[0])(windowed[1])),
+    ):
+        cache = model.init_cache(B, T, "int8", chunk=4)
+        logits, cache = run_steps(model, params, cache, tiny.tokens, (4, 4, 1, 1, 2))
+        assert {a.values.dtype for a in cache.keys} == {jnp.dtype("int8")}
+        error = np.abs(logits - expected)
+        assert 0 < error.max() < 0.05 * np.abs(expected).max()
+        grown = cache.grow(T + 2, model.config).rewind(jnp.array([9, 9]))
+        forked = kv.fork(grown, 2)
+        logits, _ = run_steps(model, params, forked, tiny.tokens[:, 9:].repeat(2, 0), (1,))
+        assert np.abs(logits[::2, 0] - expected[:, 9]).max() < 0.05 * np.abs(expected).max()
+    plain = tiny.model.init_cache(B, T)
+    small = sum(a.nbytes for a in jax.tree.leaves(tiny.model.init_cache(B, T, "int8").keys))
+    assert small == sum(a.nbytes for a in plain.keys) * (8 + 4) / 32  # heads are 8 wide
+
+
+def test_int8_rounds_each_heads_vector_by_its_largest_number():
+    vectors = jnp.array([[127.0, -63.4, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]).reshape(1, 2, 1, 4)
+    empty = kv.Int8(jnp.zeros((1, 2, 1, 4), jnp.int8), jnp.zeros((1, 2, 1, 1)))
+    kept = kv.write(empty, vectors, jnp.array([0]), ring=False)
+    np.testing.assert_array_equal(kept.values[0, 0, 0], [127, -63, 0, 1])
+    np.testing.assert_array_equal(kv.read(kept, jnp.float32)[0, 1], 0)
+
+
+def test_bfloat16_storage_beside_float32_compute(tiny, whole):
+    cache = tiny.model.init_cache(B, T, "bfloat16")
+    logits, cache = run_steps(
+        tiny.model, parameters.unstack(tiny.params), cache, tiny.tokens, (6, 6)
+    )
+    assert {a.dtype for a in cache.values} == {jnp.dtype("bfloat16")}
+    assert 0 < np.abs(logits - whole).max() < 0.02 * np.abs(whole).max()
