@@ -1,7 +1,7 @@
 """What a transform or a stop may look at while a text is being written."""
 
 from flax import struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tokjax.decoding.prompts import Prompts
 
@@ -17,6 +17,8 @@ class Context:
         generated: the new tokens; those of row b from min(step, its length) on are filling.
         done: rows that have ended.
         prompts: what was continued.
+        last_logprob: the model's log-probability of `last` at temperature 1; of no meaning at
+            step 0.
     """
 
     step: Int[Array, ""]
@@ -24,3 +26,4 @@ class Context:
     generated: Int[Array, "B N"]
     done: Bool[Array, "B"]
     prompts: Prompts
+    last_logprob: Float[Array, "B"] | None = None

@@ -15,6 +15,7 @@ from tokjax.decoding.prompts import Prompts, bucket
 from tokjax.decoding.samplers import Sampler, greedy, logprob_of
 from tokjax.decoding.stops import Stop, never
 from tokjax.decoding.transforms import Transform, chain
+from tokjax.decoding.transforms.truncation import entropy
 from tokjax.errors import ConfigError, DataError
 from tokjax.parallel.rules import constrain
 
@@ -202,7 +203,7 @@ def _run(predictor, width, params, prompts, transform, sampler, stop, keys, limi
     nobody = jnp.zeros(B, bool)
     written = jnp.zeros((B, width), jnp.int32)
     loop = _Loop(
-        context=Context(jnp.int32(0), last, written, nobody, prompts),
+        context=Context(jnp.int32(0), last, written, nobody, prompts, jnp.zeros(B, jnp.float32)),
         out=out,
         predictor=state,
         transform=transform.init(prompts, predictor.vocab_size),
@@ -245,8 +246,12 @@ def _take(transform, sampler, stop, keys, limits, loop: _Loop) -> _Loop:
     def put(buffer: jax.Array, values: jax.Array) -> jax.Array:
         return buffer.at[:, step].set(jnp.where(active, values, 0).astype(buffer.dtype))
 
+    logprobs = logprob_of(logits, tokens)
     context = context.replace(  # type: ignore[attr-defined]
-        step=step + 1, last=jnp.where(active, tokens, 0), generated=put(context.generated, tokens)
+        step=step + 1,
+        last=jnp.where(active, tokens, 0),
+        generated=put(context.generated, tokens),
+        last_logprob=logprobs,
     )
     ended = active & stop(context)
     return loop.replace(  # type: ignore[attr-defined]
@@ -254,13 +259,7 @@ def _take(transform, sampler, stop, keys, limits, loop: _Loop) -> _Loop:
         transform=transform_state,
         lengths=loop.lengths + active,
         stopped=loop.stopped | ended,
-        logprobs=put(loop.logprobs, logprob_of(logits, tokens)),
+        logprobs=put(loop.logprobs, logprobs),
         sampling_logprobs=put(loop.sampling_logprobs, sampling_logprobs),
-        entropies=put(loop.entropies, _entropy(logits)),
+        entropies=put(loop.entropies, entropy(jax.nn.log_softmax(logits, axis=-1))),
     )
-
-
-def _entropy(logits: Float[Array, "B V"]) -> Float[Array, "B"]:
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    # A token of probability 0 has log-probability -inf; its term is 0, not NaN.
-    return -jnp.where(jnp.isfinite(logprobs), jnp.exp(logprobs) * logprobs, 0.0).sum(-1)
