@@ -182,7 +182,7 @@ def _scalar(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
             note = f" Write {int(value)}."
         elif hint in (int, float) and isinstance(value, str) and _is_number(value):
             note = f" Write {value} without quotes."
-        elif hint is str and isinstance(value, (bool, int, float)):
+        elif hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
             note = f" Write '{value}' in quotes."
         _wrong(hint, value, path, problems, note)
         return None
@@ -266,7 +266,8 @@ def _tuple(
     hint: Any, arguments: tuple[Any, ...], value: Any, path: str, problems: list[str]
 ) -> Any:
     if not isinstance(value, (list, tuple)):
-        _wrong(hint, value, path, problems)
+        listed = isinstance(value, (str, Mapping)) and len(repr(value)) <= 60
+        _wrong(hint, value, path, problems, f" Write a list: [{value!r}]." if listed else "")
         return None
     if not arguments:
         arguments = (Any, ...)

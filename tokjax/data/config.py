@@ -57,8 +57,8 @@ class DataConfig:
             raise ConfigError(
                 f"max_tokens is {self.max_tokens}; an example needs 2 tokens to have one target"
             )
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; it must be 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
         for name in self.evals:
             if not name or any(c.isspace() or c in "/\\,=" for c in name):
                 raise ConfigError(

@@ -54,13 +54,13 @@ class SampleConfig:
     top_p: float = 0.95  # probability mass that may be sampled from
 
     def __post_init__(self):
-        if self.max_new_tokens < 1 or (self.every_steps is not None and self.every_steps < 1):
-            raise ConfigError("every_steps and max_new_tokens must be at least 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ConfigError(
-                f"temperature={self.temperature} must not be negative and top_p={self.top_p} "
-                f"must be above 0 and at most 1"
-            )
+        for name in ("every_steps", "max_new_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature={self.temperature} must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,16 @@ class TrainConfig:
         if len(lengths) != 1:
             raise ConfigError(
                 f"set exactly one of steps, tokens and epochs to say how long to train; "
-                f"{' and '.join(lengths) or 'none'} is set"
+                f"{' and '.join(lengths) or 'none'} {'are' if lengths else 'is'} set"
             )
         if not getattr(self, lengths[0]) > 0:
             raise ConfigError(f"{lengths[0]}={getattr(self, lengths[0])} must be above 0")
-        if self.micro_batches < 1 or self.data.batch_size % self.micro_batches:
+        # JAX would take a larger seed modulo 2^32: two of them would be one.
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} must be at least 0 and below 2^32")
+        if self.micro_batches < 1:
+            raise ConfigError(f"micro_batches={self.micro_batches} must be at least 1")
+        if self.data.batch_size % self.micro_batches:
             raise ConfigError(
                 f"data.batch_size={self.data.batch_size} is not divisible by "
                 f"micro_batches={self.micro_batches}"

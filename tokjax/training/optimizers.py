@@ -41,7 +41,14 @@ def _check(config: Any, **limits: tuple[float, float]) -> None:
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         if not low <= value < high:
-            raise ConfigError(f"{name}={value} must be at least {low} and below {high}")
+            above = "" if high == _INFINITE else f" and below {high}"
+            raise ConfigError(f"{name}={value} must be at least {low}{above}")
+
+
+def _check_share(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"{name}={getattr(config, name)} must lie within 0 and 1")
 
 
 _INFINITE = float("inf")
@@ -237,7 +244,7 @@ class Cosine:
 
     def __post_init__(self):
         _check_warmup(self)
-        _check(self, final_factor=(0, 1.0000001))
+        _check_share(self, "final_factor")
 
     def factor(self, step: Float[Array, ""], steps: int) -> Float[Array, ""]:
         """Returns the factor at a step."""
@@ -258,7 +265,7 @@ class WarmupStableDecay:
 
     def __post_init__(self):
         _check_warmup(self)
-        _check(self, decay_share=(0, 1.0000001), final_factor=(0, 1.0000001))
+        _check_share(self, "decay_share", "final_factor")
 
     def factor(self, step: Float[Array, ""], steps: int) -> Float[Array, ""]:
         """Returns the factor at a step."""
