@@ -143,14 +143,14 @@ def test_bad_records_stop_or_are_counted_and_listed(tmp_path, capfd):
     listed = (store.directory / "skipped.jsonl").read_text().splitlines()
     assert {json.loads(line)["name"].rpartition(":")[2] for line in listed} == {"2", "3", "4", "5"}
     printed = capfd.readouterr().err
-    assert "1 examples, 4 tokens, 0.50 bytes per token" in printed
+    assert "1 example, 4 tokens, 0.50 bytes per token" in printed
     assert "left out 4 bad records: 1 field 'text' is" in printed
     assert str(store.directory / "skipped.jsonl") in printed
 
 
 def test_when_every_record_is_bad_there_is_no_store(tmp_path):
     data = DataConfig(tokenizer=BYTES, on_error="skip")
-    with pytest.raises(DataError, match="no example"):
+    with pytest.raises(DataError, match=r"all 2 records are bad.*a\.jsonl:1: field 'text' is"):
         make(records(tmp_path, {}, {}), tmp_path, data)
     assert stores(tmp_path) == []
 

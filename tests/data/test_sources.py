@@ -97,6 +97,15 @@ def test_invalid_utf8_is_named_by_its_line(tmp_path, per, line):
     assert len(items) == (1 if per == "file" else 3)
 
 
+def test_content_that_is_not_what_the_name_says_is_told_with_its_remedy(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(b'{"text": "a"}'))
+    bad = problem(JsonlSource(files=(str(tmp_path / "a.jsonl"),)))
+    assert "its name must end in .gz" in bad.detail
+    (tmp_path / "a.parquet").write_bytes(b"no Parquet at all")
+    with pytest.raises(DataError, match=r"[^.]\. Fetch or write it again\.$"):
+        list(read_documents(ParquetSource(files=(str(tmp_path / "a.parquet"),))))
+
+
 @pytest.mark.parametrize("per", ["file", "line", "paragraph"])
 def test_a_file_without_records_is_a_problem(tmp_path, per):
     (tmp_path / "a.txt").write_text(" \n\n")
@@ -134,6 +143,11 @@ def test_a_missing_file_is_an_error_with_a_remedy(tmp_path, pattern, message):
     (tmp_path / "train.txt").write_text("x")
     with pytest.raises(ConfigError, match=message):
         expand_files([f"{tmp_path}/{pattern}"])
+
+
+def test_a_pipe_is_refused_since_it_can_be_read_only_once():
+    with pytest.raises(ConfigError, match="/dev/null is a pipe or device"):
+        expand_files(["/dev/null"])
 
 
 def test_the_digest_of_a_large_file_is_remembered_until_it_changes(tmp_path, monkeypatch):
@@ -232,7 +246,8 @@ BAD = [
     ('"text"', {}, "not an object", "'text'"),
     ({"txt": "a"}, {}, "field 'text' is missing", "Did you mean 'txt'"),
     ({}, {}, "field 'text' is missing", "empty"),
-    ({"text": None}, {}, "field 'text' is null", ""),
+    ({"text": None}, {}, "field 'text' is null", "^$"),
+    ('{"text": "a", "id": 1, "text": "b"}', {}, "a key occurs twice", "'text'"),
     ({"text": 5}, {}, "field 'text' is not text", "5"),
     ({"text": ["a"]}, {}, "field 'text' is not text", "a"),
     ('{"text": "a\\ud800"}', {}, "field 'text' is no valid Unicode", r"U\+D800"),

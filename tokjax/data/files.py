@@ -31,6 +31,10 @@ def expand_files(patterns: Sequence[str]) -> list[str]:
             raise ConfigError(
                 f"{pattern} is a folder; write {os.path.join(pattern, '*')} or the like"
             )
+        elif os.path.exists(path):
+            raise ConfigError(
+                f"{pattern} is a pipe or device, which can be read only once: write it to a file"
+            )
         elif glob.has_magic(path):
             matches = sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
             if not matches:
@@ -93,8 +97,9 @@ def open_bytes(file: str) -> IO[bytes]:
 
 def unreadable(file: str, error: Exception) -> DataError:
     """Returns the error for a file that cannot be read as a whole."""
-    reason = getattr(error, "strerror", None) or str(error)
-    remedy = "Fetch or write it again" if file.endswith(".gz") else "Check its permissions and disk"
+    refused = getattr(error, "strerror", None)  # else its content is not what it should be
+    reason = (refused or str(error)).rstrip(".")
+    remedy = "Check its permissions and disk" if refused else "Fetch or write it again"
     return DataError(f"cannot read {file}: {reason}. {remedy}.")
 
 

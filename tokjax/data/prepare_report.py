@@ -64,7 +64,7 @@ class Reporter:
         counts, skipped = store.manifest["counts"], store.manifest["skipped"]
         examples, tokens, size = counts["examples"], counts["tokens"], counts["bytes"]
         self._print(
-            f"prepared {self._title}: {examples:,} examples, {tokens:,} tokens, "
+            f"prepared {self._title}: {_count(examples, 'example')}, {_count(tokens, 'token')}, "
             f"{size / tokens:.2f} bytes per token, in {seconds:.1f} s"
         )
         if skipped:
@@ -73,16 +73,18 @@ class Reporter:
             listed += [f"{rest:,} for other reasons"] if rest else []
             where = store.directory / "skipped.jsonl"
             self._print(
-                f"  left out {counts['skipped']:,} bad records: {'; '.join(listed)} (each one with "
-                f"its place in {where})"
+                f"  left out {_count(counts['skipped'], 'bad record')}: {'; '.join(listed)} (each "
+                f"one with its place in {where})"
             )
         if counts["examples_without_weight"]:
+            without = _count(counts["examples_without_weight"], "example")
             self._print(
-                f"  {counts['examples_without_weight']:,} examples have no target with a weight: "
-                "nothing is learned from them"
+                f"  {without} without a target of any weight: nothing is learned from there"
             )
         if counts["repeated_examples"]:
-            self._print(f"  {counts['repeated_examples']:,} examples repeat an earlier one")
+            self._print(
+                f"  {_count(counts['repeated_examples'], 'repetition')} of earlier examples"
+            )
         self._print(f"  token store: {store.directory}")
 
     def _print(self, text: str) -> None:
@@ -100,3 +102,7 @@ class Reporter:
         progress = stack.enter_context(live)
         task = progress.add_task(text, total=None)
         return lambda new: progress.update(task, description=new)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -91,6 +91,8 @@ def _plain(name: str, line: int, data: bytes, source: TextSource) -> Document | 
 
 def _not_utf8(name: str, data: bytes, line: int, error: UnicodeDecodeError) -> Problem:
     at = line + data.count(b"\n", 0, error.start)
+    if line == 1 and data.startswith(b"\x1f\x8b"):
+        return Problem(name, "invalid UTF-8", "it is compressed by gzip: its name must end in .gz")
     return Problem(
         name, "invalid UTF-8", f"byte 0x{data[error.start]:02x} in line {at}; convert the file"
     )
@@ -102,18 +104,34 @@ def _jsonl(file: str, source: JsonlSource) -> Iterator[Document | Problem]:
             continue  # a blank line is no record, and most files end in one
         name = f"{file}:{number}"
         try:
-            record = json.loads(line.decode().rstrip())
+            record = json.loads(line.decode().rstrip(), object_pairs_hook=_without_repeats)
         except UnicodeDecodeError as error:
             yield _not_utf8(name, line, number, error)
         except (ValueError, RecursionError) as error:
             detail = str(error)
             if isinstance(error, json.JSONDecodeError):
                 detail = f"{error.msg} (column {error.colno})"
+            elif isinstance(error, _RepeatedKey):
+                yield Problem(name, "a key occurs twice", detail)
+                continue
             if number == 1 and line.lstrip().startswith(b"["):
                 detail += "; the file seems to be one JSON array: write one object a line instead"
             yield Problem(name, "broken JSON", detail)
         else:
             yield _document(record, source, name)
+
+
+class _RepeatedKey(ValueError):
+    pass
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Python would keep the last value and drop the others without a word.
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKey(f"it is {next(key for key in keys if keys.count(key) > 1)!r}")
+    return found
 
 
 def _parquet(file: str, source: ParquetSource) -> Iterator[Document | Problem]:

@@ -34,10 +34,11 @@ def to_document(record: Any, source: RecordSource, name: str) -> Document:
     if not isinstance(record, Mapping):
         raise BadRecord("not an object", f"a record must be {{...}}, this is {_shown(record)}")
     for field in source.fields:
-        if record.get(field) is None:
-            what = "missing" if field not in record else "null"
+        if field not in record:
             close = nearest(field, [k for k in record if isinstance(k, str)])
-            raise BadRecord(f"field {field!r} is {what}", close.strip() or "the record is empty")
+            raise BadRecord(f"field {field!r} is missing", close.strip() or "the record is empty")
+        if record[field] is None:
+            raise BadRecord(f"field {field!r} is null")
     weights: Weights | None
     start = stop = 0
     if source.kind == "messages":

@@ -71,6 +71,7 @@ class StoreWriter:
         self._unigram = np.zeros(vocab_size, np.int64)
         self._weighted_tokens = self._unweighted_examples = 0
         self._skipped: dict[str, int] = {}
+        self._first_skipped = ""
         self._temporary: Path | None = None
         self._columns: dict[str, _Column] = {}
         self._tokens: list[np.ndarray] = []
@@ -186,10 +187,20 @@ class StoreWriter:
         Raises:
           StorageError: the disk is full.
         """
+        self._first_skipped = self._first_skipped or ": ".join(filter(None, (name, reason, detail)))
         facts = {"name": name, "reason": reason, "detail": detail}
         line = json.dumps(facts, ensure_ascii=True) + "\n"
         self._append("skipped.jsonl", line.encode())
         self._skipped[reason] = self._skipped.get(reason, 0) + 1
+
+    def _nothing(self) -> str:
+        if not self._first_skipped:
+            return f"no example for the token store {self.directory}: the source has no record."
+        count = sum(self._skipped.values())
+        return (
+            f"no example for the token store {self.directory}: all {count:,} records are bad and "
+            f"were left out. The first is {self._first_skipped}"
+        )
 
     def _write(self) -> None:
         """Moves the buffers into the files."""
@@ -229,10 +240,7 @@ class StoreWriter:
 
     def _finish(self, temporary: Path) -> None:
         if not self.num_examples:
-            raise DataError(
-                f"no example for the token store {self.directory}: every record was left out, or "
-                "there was none."
-            )
+            raise DataError(self._nothing())
         self._write()
         self._append("unigram.bin", self._unigram.astype("<i8"))
         for column in self._columns.values():
