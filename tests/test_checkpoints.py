@@ -95,6 +95,22 @@ def test_damaged_pointer_and_nothing_there_are_errors(workdir, tmp_path):
         checkpoints.main([])
 
 
+def test_the_table_shows_metrics_whole_in_80_columns(workdir, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = CheckpointFolder(workdir / "checkpoints")
+    folder.open(tidy=True)
+    path = folder.begin(30)
+    (path / "data").write_bytes(b"x")
+    metrics = {"eval/validation/loss": 3.302, "eval/held_out/loss": 4.817}
+    files = m.hash_files(path, ["data"])
+    folder.commit(m.Manifest(30, 3, m.now(), files, {"w": "float32[3]"}, {}, metrics), set())
+    folder.close()
+    assert checkpoints.main([str(workdir)]) == 0
+    out = capsys.readouterr().out
+    assert "validation/loss 3.302" in out
+    assert "held_out/loss 4.817" in out
+
+
 def test_command_line_needs_neither_jax_nor_orbax(workdir):
     program = (
         "import sys, tokjax.checkpoints as c; code = c.main(sys.argv[1:]);"

@@ -219,11 +219,45 @@ def test_storage_failures_name_the_path(number, capsys):
     assert text.startswith("error: /data/run: ")
 
 
+class JaxRuntimeError(RuntimeError):
+    __module__ = "jax.errors"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 24 GiB"),
+        JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 853335 bytes.\n  a buffer"),
+        JaxRuntimeError("INTERNAL: Error dispatching: Out of memory allocating 8 bytes"),
+    ],
+)
+def test_used_up_memory_is_told_in_a_line_with_what_helps(error, capsys):
+    code, text = outcome(raising(error), capsys)
+    assert code == 7
+    assert text.startswith(f"error: out of memory: {str(error).splitlines()[0]}")
+    assert "data.batch_size" in text
+    assert len(text.splitlines()) == 2
+
+
+def test_a_required_text_that_is_empty_is_refused():
+    # `--workdir=$UNSET` would otherwise train in the current directory.
+    with pytest.raises(ConfigError, match="--workdir is empty: folder of checkpoints"):
+        parse("--config=a.py", "--workdir=")
+
+
+def test_a_program_without_config_does_not_suggest_it(capsys):
+    with pytest.raises(ConfigError) as caught:
+        cli.parse_args(["--unheard=1"], flags=FLAGS, needs_config=False)
+    assert "--config" not in str(caught.value)
+
+
 def test_other_exceptions_stay_bugs():
     with pytest.raises(FileNotFoundError):
         cli.run(raising(FileNotFoundError(errno.ENOENT, "x")), ())
     with pytest.raises(ZeroDivisionError):
         cli.run(raising(ZeroDivisionError()), ())
+    with pytest.raises(RuntimeError, match="out of memory"):  # not JAX's: somebody else's bug
+        cli.run(raising(RuntimeError("out of memory")), ())
 
 
 def test_interrupt_ends_with_130(capsys):

@@ -103,6 +103,15 @@ def test_table_shows_slugs_and_counts(capsys, monkeypatch):
     assert "uniapo" in out
     assert "tvm" not in out
     assert "2 methods: 2 planned" in out
+    assert "what it does" in out
+
+
+def test_a_narrow_table_leaves_the_summaries_out_and_says_so(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert methods.main([]) == 0
+    out = capsys.readouterr().out
+    assert len([line for line in out.splitlines() if line.startswith("│")]) == len(METHODS)
+    assert "by --json" in out
 
 
 def test_wrong_family_is_refused():

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     rows = describe(directory, verify=args["verify"])
     if args["json"]:
         print(json.dumps([_as_json(row) for row in rows], indent=1))
-    else:
+    elif rows:
         _print_table(directory, rows, verified=args["verify"])
     if not rows:
         raise CheckpointError(f"there are no checkpoints in {directory}")
@@ -114,13 +114,13 @@ def _print_table(directory: Path, rows: list[dict[str, Any]], *, verified: bool)
     from rich.table import Table
 
     table = Table(title=escape(str(directory)), box=box.SIMPLE_HEAD, title_justify="left")
+    # Metrics a line each, short and last: they are what a narrow terminal wraps.
     for name, justify in (
         ("step", "right"),
         ("size", "right"),
-        ("arrays", "right"),
         ("saved (UTC)", "left"),
-        ("metrics", "left"),
         ("state", "left"),
+        ("metrics", "left"),
     ):
         table.add_column(name, justify=justify, no_wrap=name != "metrics")  # type: ignore[arg-type]
     for row in rows:
@@ -128,15 +128,18 @@ def _print_table(directory: Path, rows: list[dict[str, Any]], *, verified: bool)
         table.add_row(
             f"{row['step']}{' (latest)' if row['latest'] else ''}",
             _size(row["bytes"]),
-            str(row["leaves"]),
-            (row["created"] or "").removesuffix("+00:00").replace("T", " "),
-            escape(", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())),
+            (row["created"] or "")[:16].replace("T", " "),
             f"[green]{sound}" if row["good"] else "[red]damaged",
+            escape("\n".join(_metric(*item) for item in row["metrics"].items())),
         )
     Console(highlight=False).print(table)
     for row in rows:
         for reason in shorten(row["reasons"]):
             print(f"step {row['step']}: {reason}")  # whole lines: paths are for copying
+
+
+def _metric(name: str, value: float) -> str:
+    return f"{name.removeprefix('eval/')} {value:.4g}"
 
 
 def _size(count: float) -> str:

@@ -34,7 +34,7 @@ from tokjax.config.files import load
 from tokjax.config.overrides import parse_typed
 from tokjax.config.schema import type_name
 from tokjax.config.values import resolve
-from tokjax.errors import ConfigError, StorageError, TokjaxError, nearest
+from tokjax.errors import ConfigError, MemoryLimitError, StorageError, TokjaxError, nearest
 
 T = TypeVar("T")
 
@@ -48,6 +48,11 @@ _STORAGE_ERRNOS = {
     errno.EPERM: "the operation is not permitted",
     errno.EROFS: "the file system is read-only",
 }
+_MEMORY_REMEDY = (
+    "Compute less at a time (a smaller data.batch_size or data.seq_len, or more micro_batches), "
+    "keep less (model.remat='block'), take a smaller model, or share it among more devices "
+    "(mesh.fsdp)."
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,9 @@ def parse_args(
         if name != "config" and name not in flags:
             negated = name.removeprefix("no-")
             if name == negated or negated not in flags or not _is_bool(flags[negated]) or equals:
-                raise ConfigError(f"unknown flag --{name}.{_nearest_flag(name, flags)}")
+                raise ConfigError(
+                    f"unknown flag --{name}.{_nearest_flag(name, flags, needs_config)}"
+                )
             name, result = negated, False
         elif equals:
             result = value
@@ -216,9 +223,9 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     """Ends the process with the exit code of `main(argv)`.
 
     A `TokjaxError` is printed as one `error: ...` on stderr and ends with the code of its class
-    (see `tokjax.errors`); a full disk or an unwritable place counts as `StorageError`; Ctrl-C ends
-    with 130. Any other exception is a bug and keeps its traceback. `--debug`, which `main` does
-    not see, shows the traceback always.
+    (see `tokjax.errors`); a full disk or an unwritable place counts as `StorageError`, memory that
+    is used up as `MemoryLimitError`; Ctrl-C ends with 130. Any other exception is a bug and keeps
+    its traceback. `--debug`, which `main` does not see, shows the traceback always.
 
     Raises:
       SystemExit: always.
@@ -245,7 +252,24 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         place = f"{error.filename}: " if error.filename else ""
         _complain(f"{place}{_STORAGE_ERRNOS[error.errno]}", debug)
         code = StorageError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        # The whole text of a device's allocator lists every buffer of the program.
+        told = (str(error).splitlines() or ["MemoryError"])[0][:300]
+        _complain(f"out of memory: {told}\n{_MEMORY_REMEDY}", debug)
+        code = MemoryLimitError.exit_code
     raise SystemExit(code)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):  # NumPy's is one of these
+        return True
+    # JAX's errors are told apart by their text; importing JAX for its class would take a second.
+    text = str(error)
+    return type(error).__module__.partition(".")[0] in ("jax", "jaxlib") and (
+        "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+    )
 
 
 def _complain(message: str, debug: bool) -> None:
@@ -272,14 +296,17 @@ def _flag_value(name: str, flag: FlagSpec, given: Mapping[str, Any], wants_help:
             raise ConfigError(f"--{name} is missing: {flag.help}")
         return flag.default
     text = given[name]
+    if flag.required and text == "":
+        raise ConfigError(f"--{name} is empty: {flag.help}")
     value = parse_typed(text, flag.type) if isinstance(text, str) else text
     return resolve(flag.type, value, path=f"--{name}")
 
 
-def _nearest_flag(name: str, flags: Mapping[str, FlagSpec]) -> str:
+def _nearest_flag(name: str, flags: Mapping[str, FlagSpec], takes_config: bool) -> str:
     head, dot, rest = name.partition(".")
-    known = [f"--{known}" for known in (*flags, "config", "help", "debug")]
-    if dot:
+    shared = ("config", "help", "debug") if takes_config else ("help", "debug")
+    known = [f"--{known}" for known in (*flags, *shared)]
+    if dot and takes_config:
         if "mean '--config'" in nearest(f"--{head}", known):
             return f" Did you mean '--config.{rest}'?"
         return f" Keys of the config are written '--config.{name}'."

@@ -25,6 +25,7 @@ FLAGS = {
     "markdown": cli.FlagSpec("print the page docs/methods.md", bool, False),
 }
 
+_WIDTH_WITH_SUMMARIES = 120  # columns; below, a summary would be a tower of single words
 _STATE_STYLES = {
     "planned": "dim",
     "implemented": "yellow",
@@ -127,7 +128,9 @@ def _print_table(methods: Sequence[Method]) -> None:
     table = Table(caption=_counted(methods), caption_justify="left")
     for column in ("family", "method", "year", "state"):
         table.add_column(column, no_wrap=True)
-    table.add_column("what it does", ratio=1)
+    described = console.width >= _WIDTH_WITH_SUMMARIES
+    if described:
+        table.add_column("what it does", ratio=1)
     previous = None
     for method in methods:
         if previous is not None and method.family != previous:
@@ -136,8 +139,10 @@ def _print_table(methods: Sequence[Method]) -> None:
         previous = method.family
         cells: list[Any] = ["" if previous_same else method.family, method.slug, str(method.year)]
         state = Text(method.state, style=_STATE_STYLES[method.state])
-        table.add_row(*cells, state, Text(method.summary))
+        table.add_row(*cells, state, *([Text(method.summary)] if described else []))
     console.print(table)
+    if not described:
+        print(f"What each does is shown from {_WIDTH_WITH_SUMMARIES} columns on, and by --json.")
 
 
 def _counted(methods: Iterable[Method]) -> str:

@@ -8,8 +8,11 @@ import time
 _STARTED = time.monotonic()
 
 import signal  # noqa: E402
+import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
+from types import FrameType  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
 from tokjax import cli  # noqa: E402
 from tokjax.errors import PREEMPTED_EXIT_CODE  # noqa: E402
@@ -21,6 +24,9 @@ FLAGS = {
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code."""
+    # Until training listens itself there is nothing to save, but a process that prepares data to
+    # end with this one, and the exit code to keep.
+    signal.signal(signal.SIGTERM, _stop_before_training)
     args = cli.parse_args(argv, flags=FLAGS)
     from tokjax.training.config import TrainConfig
 
@@ -45,6 +51,11 @@ def main(argv: Sequence[str]) -> int:
     print(f"stopped at step {result.step}; the same command continues")
     interrupted = result.stopped_by == signal.SIGINT
     return cli.INTERRUPTED_EXIT_CODE if interrupted else PREEMPTED_EXIT_CODE
+
+
+def _stop_before_training(number: int, frame: FrameType | None) -> NoReturn:
+    print("stopped before training; the same command continues", file=sys.stderr)
+    raise SystemExit(PREEMPTED_EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,15 @@ def test_impossible_numbers_are_refused(calls, monkeypatch, count, index, messag
     assert calls == []
 
 
+@pytest.mark.parametrize("address", ["localhost", ":1234", "localhost:", "localhost:http"])
+def test_a_coordinator_that_is_no_address_is_refused(calls, monkeypatch, address):
+    for name, value in ((COORDINATOR, address), (COUNT, "2"), (INDEX, "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="is not host:port"):
+        distributed.initialise()
+    assert calls == []
+
+
 _PROGRAM = """
 import jax
 from tokjax.parallel import distributed

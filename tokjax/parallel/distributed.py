@@ -16,7 +16,7 @@ def initialise() -> None:
     TOKJAX_PROCESS_INDEX in every process. Without them this process is alone.
 
     Raises:
-        ConfigError: some of the variables are set and others not, or they are not numbers.
+        ConfigError: some of the variables are set and others not, or have impossible values.
     """
     given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
     if not given:
@@ -29,6 +29,12 @@ def initialise() -> None:
         raise ConfigError(f"process count and index must be numbers: {given}") from None
     if not 0 <= index < count:
         raise ConfigError(f"process index {index} is not below the count {count}: {given}")
+    host, _, port = given[_VARIABLES[0]].rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(
+            f"TOKJAX_COORDINATOR={given[_VARIABLES[0]]!r} is not host:port of process 0, such as "
+            f"'localhost:1234'"
+        )
     if jax.config.jax_platforms == "cpu":  # type: ignore[attr-defined]
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(given[_VARIABLES[0]], num_processes=count, process_id=index)
