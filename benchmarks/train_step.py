@@ -140,6 +140,7 @@ def main() -> None:
         for name, worker in (("torch", _torch_worker), ("tokjax", _tokjax_worker)):
             here, there = context.Pipe()
             context.Process(target=worker, args=(args, folder, there), daemon=True).start()
+            there.close()  # so that a side that dies ends this one too
             sides[name] = (here, here.recv())
     parameters, compile_seconds = sides["torch"][1], sides["tokjax"][1]
 

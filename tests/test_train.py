@@ -15,11 +15,12 @@ import pytest
 
 from tokjax.config import resolve, to_dict
 from tokjax.config.testing import check_misspellings, undocumented
-from tokjax.errors import CheckpointError, ConfigError, NonFiniteError, StorageError
+from tokjax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StorageError
 from tokjax.training.config import TrainConfig
 from tokjax.training.loop import train
 from tokjax.training.metrics import TIME_COLUMNS, read_metrics
 from tokjax.training.run import build_run
+from tokjax.training.run_facts import read_samples
 
 
 def run_of(tree, devices=1):
@@ -141,6 +142,40 @@ def test_a_finished_run_is_not_trained_again(tiny_tree, tmp_path):
     assert second.metrics == first.metrics
 
 
+@pytest.mark.parametrize("content", [None, b"", b"\xff\x00garbage\n,,,\n"])
+def test_a_run_goes_on_whatever_became_of_its_curves(tiny_tree, tmp_path, content):
+    first = train(run_of(tiny_tree()), tmp_path / "run")
+    curves = tmp_path / "run" / "metrics.csv"
+    curves.unlink()
+    if content is not None:
+        curves.write_bytes(content)
+    again = train(run_of(tiny_tree()), tmp_path / "run")
+    assert_same_state(first.state, again.state)
+    assert again.metrics == first.metrics
+
+
+def test_a_sample_that_a_stop_prevented_is_made_on_resume(tiny_tree, tmp_path):
+    tree = tiny_tree(samples={"prompts": ["a"], "max_new_tokens": 4, "every_steps": 5})
+    run = run_of(tree)
+    loader_batch = run.loader.batch
+
+    def stopping(step, rows=None):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loader_batch(step, rows)
+
+    object.__setattr__(run.loader, "batch", stopping)
+    object.__setattr__(run.config.data, "prefetch", 1)
+    stopped = train(run, tmp_path / "run")
+    assert not stopped.finished
+    train(run_of(tree), tmp_path / "run")
+    train(run_of(tree), tmp_path / "run")  # finished: nothing is sampled twice
+    made = [s["step"] for s in read_samples(tmp_path / "run")]
+    assert made == [5, 10, 12]
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().split()
+    assert sum('"step"' in line for line in lines) == 6 // 2
+
+
 def test_killed_at_random_moments_it_ends_with_the_same_parameters(tiny_tree, tmp_path):
     """SIGKILL at random times, also in the middle of saves, against a run never killed."""
     tree = tiny_tree(
@@ -202,6 +237,18 @@ def test_sigterm_saves_within_a_step_and_exits_75(tiny_tree, tmp_path):
     saved = [int(p.name.removeprefix("step-")) for p in (workdir / "checkpoints").glob("step-*")]
     assert saved == [max(steps)]
     assert "the same command continues" in output
+
+
+def test_sigterm_before_training_has_the_same_exit_code(tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(
+        "import os, signal\n\n\ndef get_config():\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return {}\n"
+    )
+    words = [*CLI, f"--config={file}", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
+    assert "the same command continues" in done.stderr
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_with_the_keys(tiny_tree, tmp_path):
@@ -306,7 +353,16 @@ def test_meshes_give_the_same_losses(tiny_tree, tmp_path):
         ({"model__n_heads": 3}, "not divisible"),
         ({"model__vocab_size": 100}, "tokenizer"),
         ({"steps": None}, "exactly one"),
-        ({"epochs": 1.0}, "exactly one"),
+        ({"epochs": 1.0}, "exactly one.*steps and epochs are set"),
+        ({"steps": 2**31}, "more than the step counter holds"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"seed": 2**40}, "below 2"),
+        ({"data__seed": 2**63}, "below 2"),
+        ({"micro_batches": 0}, "micro_batches=0 must be at least 1"),
+        ({"samples__max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"samples__top_p": 0.0}, "top_p=0.0 must be above 0"),
+        ({"schedule__final_factor": 1.5}, "final_factor=1.5 must lie within 0 and 1"),
+        ({"optimizer__peak_lr": -1e-3}, "peak_lr=-0.001 must be at least 0$"),
         ({"micro_batches": 3}, "not divisible"),
         ({"mesh": {"data": 3}}, "devices"),
         ({"stages": [{"objective": {"name": "patch"}, "share": 0.5}]}, "sum to"),
@@ -316,6 +372,22 @@ def test_meshes_give_the_same_losses(tiny_tree, tmp_path):
 def test_impossible_combinations_are_refused_before_compilation(tiny_tree, changes, message):
     with pytest.raises(ConfigError, match=message):
         run_of(tiny_tree(**changes))
+
+
+@pytest.mark.parametrize("place", ["train", "evals"])
+def test_data_without_any_weight_is_refused(tiny_tree, tmp_path, place):
+    records = tmp_path / "zero.jsonl"
+    records.write_text('{"text": "hello world", "weights": [[0, 11, 0]]}\n')
+    source = {"name": "jsonl", "files": [str(records)]}
+    value = [{"source": source}] if place == "train" else {"zero": source}
+    with pytest.raises(DataError, match=rf"data\.{place}\..*no.* has a target with a weight"):
+        run_of(tiny_tree(**{f"data__{place}": value}))
+
+
+def test_a_warm_up_longer_than_the_run_is_told(tiny_tree, tmp_path):
+    train(run_of(tiny_tree(steps=3, schedule__warmup_steps=100)), tmp_path / "run")
+    warnings = json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]
+    assert any("warmup_steps=100 is more than the 3 steps" in w for w in warnings)
 
 
 def test_every_misspelt_key_is_refused_and_every_field_explained(tiny_tree):

@@ -26,10 +26,11 @@ from tokjax.training.evaluation import evaluate, parameters_in_use
 from tokjax.training.ledger import Ledger
 from tokjax.training.metrics import MetricWriter, read_metrics
 from tokjax.training.preemption import StopRequest, watch_for_stop
+from tokjax.training.processes import on_first
 from tokjax.training.progress import Progress, banner
 from tokjax.training.report import write_report
 from tokjax.training.run import Run, Stage, reset_for_stage
-from tokjax.training.run_facts import add_sample, update_run
+from tokjax.training.run_facts import add_sample, read_samples, update_run
 from tokjax.training.state import TrainState
 from tokjax.training.workdir import lock_workdir
 
@@ -112,7 +113,7 @@ class _Training:
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.sampled = self.saved = -1
         self.skipped = 0
-        self.warnings: list[str] = _data_warnings(run)
+        self.warnings: list[str] = _data_warnings(run) + _schedule_warnings(run)
 
     def close_ledger(self) -> None:
         """Books the end of the run; after a failure a full disk does not hide the failure."""
@@ -173,9 +174,10 @@ class _Training:
         try:
             if self.evaluation_due(step) and not self.evaluated[1]:
                 self.evaluated = (-1, {})
-                self.evaluate(
-                    state, step
-                )  # the run was stopped between this step and its evaluation
+                # The run was stopped between this step and its evaluation.
+                self.evaluate(state, step)
+            if self.sample_due(step) and not on_first(lambda: _is_sampled(self.workdir, step)):
+                self.sample(state, step)
             while step < run.total_steps and not self.stop.signal:
                 if step == stage.end:
                     stage = run.stage_at(step)
@@ -261,8 +263,7 @@ class _Training:
         last = step == self.run.total_steps
         if not stopping and self.evaluation_due(step):
             self.evaluate(state, step)
-        every = self.run.config.samples.every_steps
-        if not stopping and (last or (every is not None and step % every == 0)):
+        if not stopping and self.sample_due(step):
             self.sample(state, step)
         if stopping or last or self.checkpointer.due(step):
             self.save(state, step)
@@ -271,6 +272,12 @@ class _Training:
         """Returns whether to evaluate after `step` steps."""
         every = self.run.config.evaluation.every_steps
         return step > 0 and (step == self.run.total_steps or step % every == 0)
+
+    def sample_due(self, step: int) -> bool:
+        """Returns whether to sample after `step` steps."""
+        every = self.run.config.samples.every_steps
+        due = every is not None and step % every == 0
+        return step > 0 and (due or step == self.run.total_steps)
 
     # ---------------------------------------------------------------- the parts
 
@@ -436,16 +443,18 @@ class _Training:
 
 def _evaluation_at(workdir: Path, step: int) -> dict[str, float]:
     """Returns what was evaluated at a step by an earlier start, as metrics.csv tells it."""
-    if not (workdir / "metrics.csv").exists():
-        return {}
     table = read_metrics(workdir)
-    rows = [i for i, s in enumerate(table["step"]) if s == step]
+    rows = [i for i, s in enumerate(table.get("step", [])) if s == step]
     return {
         name: values[i]
         for name, values in table.items()
         for i in rows
         if name.startswith("eval/") and values[i] is not None
     }
+
+
+def _is_sampled(workdir: Path, step: int) -> bool:
+    return any(sample["step"] == step for sample in read_samples(workdir))
 
 
 def _data_warnings(run: Run) -> list[str]:
@@ -460,3 +469,13 @@ def _data_warnings(run: Run) -> list[str]:
                 f"{name}: {skipped} bad records were skipped; they are listed in {listed}"
             )
     return warnings
+
+
+def _schedule_warnings(run: Run) -> list[str]:
+    warmup = getattr(run.config.schedule, "warmup_steps", 0)
+    return [
+        f"schedule.warmup_steps={warmup} is more than the {stage.steps} steps of stage "
+        f"{stage.name!r}: the learning rate never reaches optimizer.peak_lr"
+        for stage in run.stages
+        if warmup > stage.steps
+    ]

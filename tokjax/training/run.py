@@ -18,7 +18,7 @@ from tokjax.data.loader import EvalLoader, Loader, StageSlice
 from tokjax.data.prepare import ensure_store
 from tokjax.data.store import TokenStore
 from tokjax.data.tokenizers import Tokenizer, build_tokenizer, sequence_ends
-from tokjax.errors import ConfigError
+from tokjax.errors import ConfigError, DataError
 from tokjax.models.transformer import Transformer, with_vocabulary
 from tokjax.parallel.mesh import build_mesh
 from tokjax.parallel.rules import BATCH_AXES
@@ -159,6 +159,7 @@ def build_run(
 
     stores = tuple(store(entry.source) for entry in data.train)
     eval_stores = {name: store(source) for name, source in data.evals.items()}
+    _check_weights(stores, eval_stores)
     model = Transformer(with_vocabulary(config.model, tokenizer.vocab_size))
     stages = _lay_out_stages(config, stores)
     loader = _loader(config, stores, stages)
@@ -200,6 +201,19 @@ def _check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
             f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer.vocab_size} ids; "
             f"set it to at least that, or to None"
         )
+
+
+def _check_weights(stores: tuple[TokenStore, ...], eval_stores: Mapping[str, TokenStore]) -> None:
+    named = [(f"data.train.{i}", s) for i, s in enumerate(stores)]
+    named += [(f"data.evals.{name}", s) for name, s in eval_stores.items()]
+    for name, store in named:
+        counts = store.manifest["counts"]
+        if counts["examples_without_weight"] == counts["examples"]:
+            raise DataError(
+                f"{name}: none of the {counts['examples']:,} examples has a target with a weight, "
+                f"so there is no loss. Look at the records' weights; in chats only assistant turns "
+                f"weigh"
+            )
 
 
 def _check_prompts(config: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -255,6 +269,8 @@ def _lay_out_stages(config: TrainConfig, stores: tuple[TokenStore, ...]) -> tupl
             )
         stages.append(Stage(_name(objective), objective, first, steps, stage.keep_optimizer))
         first += steps
+    if first >= 2**31:
+        raise ConfigError(f"the run would take {first:,} steps, more than the step counter holds")
     return tuple(stages)
 
 
