@@ -16,6 +16,7 @@ from tokjax.models.lora import A as lora_a
 from tokjax.models.lora import B as lora_b
 from tokjax.models.parameters import NORMS, Parameter
 from tokjax.models.rotary import Tables, rotate
+from tokjax.parallel.rules import current_mesh_shape
 
 Weights = Mapping[str, jax.Array]
 Site = Callable[[str, jax.Array], jax.Array]  # applies a site's edits and captures it
@@ -91,27 +92,32 @@ class Context:
 
 
 class Part(nn.Module):
-    """The parameters of one part of a block, as its table says.
-
-    All but those of norms, which are applied in float32, are cast to the compute dtype.
-    """
+    """The parameters of one part of a block, as its table says."""
 
     config: ModelConfig
     table: Mapping[str, Parameter]
 
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
-        """Returns the weights by name."""
-        dtype = jnp.dtype(self.config.dtype)
+        """Returns the weights by name, ready to compute with."""
         param_dtype = jnp.dtype(self.config.param_dtype)
         found = {
             name: self.param(name, lambda key, p=p: p.initialise(key, param_dtype))
             for name, p in self.table.items()
         }
-        if self.config.lora is not None:
-            scale = self.config.lora.scale
-            found |= {name: scale * w for name, w in found.items() if name.endswith(lora_b)}
-        return {name: w if name in NORMS else w.astype(dtype) for name, w in found.items()}
+        return ready(self.config, found)
+
+
+def ready(config: ModelConfig, parameters: Weights) -> dict[str, jax.Array]:
+    """Returns a part's parameters as they are computed with: scaled adapters, the compute dtype.
+
+    Norms are applied in float32 and stay as they are.
+    """
+    found, dtype = dict(parameters), jnp.dtype(config.dtype)
+    if config.lora is not None:
+        scale = config.lora.scale
+        found |= {name: scale * w for name, w in found.items() if name.endswith(lora_b)}
+    return {name: w if name in NORMS else w.astype(dtype) for name, w in found.items()}
 
 
 def norm(
@@ -147,7 +153,14 @@ def _matmul_forward(x, w):
 
 def _matmul_backward(saved, d_y):
     x, w = saved
-    return jnp.einsum("btm,nm->btn", d_y, w), jnp.einsum("btn,btm->nm", x, d_y)
+    d_x = jnp.einsum("btm,nm->btn", d_y, w)
+    if current_mesh_shape().get("sequence", 1) > 1:
+        # Rows and positions both split over devices do not merge without moving data.
+        return d_x, jnp.einsum("btn,btm->nm", x, d_y)
+    # Two dimensions, not three: XLA's CPU backend would write x transposed first, together with
+    # whatever elementwise work makes x, reading it column by column (8 % of a training step).
+    rows_x, rows_y = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1])
+    return d_x, jax.lax.dot_general(rows_x, rows_y, (((0,), (0,)), ((), ())))
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
