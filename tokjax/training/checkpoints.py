@@ -221,7 +221,11 @@ class Checkpointer:
             self.wait()
 
     def restore(
-        self, template: PyTree | Callable[[int], PyTree], step: int | None = None
+        self,
+        template: PyTree | Callable[[int], PyTree],
+        step: int | None = None,
+        *,
+        partial: bool = False,
     ) -> Restored | None:
         """Returns the newest good checkpoint, or None where nothing was ever committed.
 
@@ -233,6 +237,8 @@ class Checkpointer:
                 shardings wanted; they need not be the shardings it was saved with. Where the
                 leaves depend on the step (a run in stages), a function from the step to it.
             step: this step and no other.
+            partial: leaves that the template lacks are left unread, whatever the configuration
+                they belong to: for a model's parameters without its optimiser.
 
         Raises:
             CheckpointError: the step does not exist; a checkpoint is damaged under `strict`; all
@@ -255,7 +261,7 @@ class Checkpointer:
                 self._complain(_sentence(self._directory, lost[-1]), remedy)
                 continue
             tree = template(candidate) if callable(template) else template
-            restored = self._load(manifest, tree, tuple(lost))
+            restored = self._load(manifest, tree, tuple(lost), partial)
             self._damaged |= {item.step for item in lost}
             if lost:
                 steps = ", ".join(str(item.step) for item in lost)
@@ -470,11 +476,16 @@ class Checkpointer:
             raise CheckpointError(f"{text}. {remedy}")
         _warn(text)
 
-    def _load(self, manifest: Manifest, template: PyTree, lost: tuple[LostStep, ...]) -> Restored:
+    def _load(
+        self, manifest: Manifest, template: PyTree, lost: tuple[LostStep, ...], partial: bool
+    ) -> Restored:
         directory = self._folder.step_directory(manifest.step)
-        check_identity(directory, manifest.identity, self._identity, self._defaults)
+        if not partial:
+            check_identity(directory, manifest.identity, self._identity, self._defaults)
         saved = {name: LeafSpec.parse(leaf) for name, leaf in manifest.leaves.items()}
         wanted = {name: spec_of(name, leaf) for name, leaf in name_leaves(template).items()}
+        if partial:
+            saved = {name: leaf for name, leaf in saved.items() if name in wanted}
         check_leaves(str(directory), saved, wanted)
 
         def load(leaves: dict[str, Any]) -> dict[str, Any]:
@@ -483,6 +494,7 @@ class Checkpointer:
             arguments = ocp.args.PyTreeRestore(
                 item=nest(leaves),
                 restore_args=nest({name: _restore_args(leaf) for name, leaf in leaves.items()}),
+                partial_restore=partial,
             )
             return name_leaves(self._orbax().restore(directory / _STATE, args=arguments))
 

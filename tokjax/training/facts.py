@@ -82,8 +82,17 @@ def peak_flops(run: Run) -> float | None:
     return None if one is None else one * jax.device_count()
 
 
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.3f} GiB"
+def bytes_text(count: float) -> str:
+    """Returns a number of bytes with three digits or more and its unit.
+
+    >>> bytes_text(3_500_000), bytes_text(2**31)
+    ('3.34 MiB', '2.00 GiB')
+    """
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1000:
+            break
+    return f"{count:.2f} {unit}"
 
 
 def memory(state: TrainState, compiled: Any) -> dict[str, str]:
@@ -91,15 +100,15 @@ def memory(state: TrainState, compiled: Any) -> dict[str, str]:
     devices = jax.device_count()
     analysis = compiled.memory_analysis()
     parts = {
-        "parameters": _gib(tree_bytes(state.params)),
-        "optimiser": _gib(tree_bytes(state.opt_state)),
+        "parameters": bytes_text(tree_bytes(state.params)),
+        "optimiser": bytes_text(tree_bytes(state.opt_state)),
     }
     if state.ema is not None:
-        parts["moving average"] = _gib(tree_bytes(state.ema))
+        parts["moving average"] = bytes_text(tree_bytes(state.ema))
     if analysis is not None:
-        parts["gradients and activations"] = _gib(analysis.temp_size_in_bytes) + " per device"
+        parts["gradients and activations"] = bytes_text(analysis.temp_size_in_bytes) + " per device"
         total = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
-        parts["total"] = _gib(total) + f" on each of {devices} device{'s' * (devices > 1)}"
+        parts["total"] = bytes_text(total) + f" on each of {devices} device{'s' * (devices > 1)}"
     return parts
 
 

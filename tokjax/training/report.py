@@ -327,7 +327,8 @@ def _facts(run: Mapping[str, Any]) -> str:
     for section in ("model", "data", "compute", "mesh", "saved", "versions"):
         facts = run.get(section)
         if isinstance(facts, Mapping) and facts:
-            parts.append(f"<h2>{section.capitalize()}</h2>{_rows(_flatten(facts), kind='facts')}")
+            rows = _flatten(facts, digits=6)
+            parts.append(f"<h2>{section.capitalize()}</h2>{_rows(rows, kind='facts')}")
     config = run.get("config")
     if isinstance(config, Mapping) and config:
         table = _rows(_flatten(config), ["key", "value"], kind="facts")
@@ -335,17 +336,26 @@ def _facts(run: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Returns the leaves of nested mappings and lists of mappings under dotted keys."""
+def _flatten(
+    tree: Mapping[str, Any], prefix: str = "", *, digits: int = 17
+) -> list[tuple[str, str]]:
+    """Returns the leaves of nested mappings and lists of mappings under dotted keys.
+
+    Args:
+        tree: the mapping.
+        prefix: of every key.
+        digits: significant ones of a number; 17 tell every two apart.
+    """
     rows: list[tuple[str, str]] = []
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
             value = dict(enumerate(value))
         if isinstance(value, Mapping) and value:
-            rows += _flatten(value, f"{name}.")
+            rows += _flatten(value, f"{name}.", digits=digits)
         elif isinstance(value, float | int) and not isinstance(value, bool):
-            rows.append((name, repr(value) if isinstance(value, float) else f"{value:,}"))
+            exact = repr(value) if digits == 17 else f"{value:.{digits}g}"
+            rows.append((name, exact if isinstance(value, float) else f"{value:,}"))
         else:
             rows.append((name, "none" if value is None else str(value)))
     return rows
