@@ -1,5 +1,6 @@
 """What a run says before its first step, and what is kept beside its checkpoints."""
 
+import math
 import platform
 import subprocess
 import sys
@@ -88,11 +89,8 @@ def bytes_text(count: float) -> str:
     >>> bytes_text(3_500_000), bytes_text(2**31)
     ('3.34 MiB', '2.00 GiB')
     """
-    for unit in ("KiB", "MiB", "GiB"):
-        count /= 1024
-        if count < 1000:
-            break
-    return f"{count:.2f} {unit}"
+    power = min(3, max(1, int(math.log(max(count, 1), 1024))))
+    return f"{count / 1024**power:.2f} {('KiB', 'MiB', 'GiB')[power - 1]}"
 
 
 def memory(state: TrainState, compiled: Any) -> dict[str, str]:
