@@ -29,25 +29,25 @@ def _softmax(scores):
     return p / p.sum(-1, keepdims=True)
 
 
-def _suppressed(scores, visible, edit):
+def _suppressed(scores, visible, edits):
     """Scores [H T T] of one row with the suppressed ones overwritten, rule by rule."""
     attention = np.stack([_softmax(np.where(visible, s, -np.inf)) for s in scores]).mean(0)
     T, scores = visible.shape[0], scores.copy()
     for t in range(T):
-        if not edit.rows[t]:
-            continue
-        chosen = []
-        for s in range(T):
-            if not (edit.columns[s] and visible[t, s]):
-                continue
-            if edit.by == "row":
-                given = sum(attention[t, c] for c in range(T) if edit.columns[c])
-            else:
-                given = max(attention[r, s] for r in range(T) if edit.rows[r])
-            if given > edit.threshold:
-                chosen.append(s)
-        if len(chosen) < visible[t].sum():
-            scores[:, t, chosen] = edit.score
+        replaced = {}
+        for edit in edits:
+            for s in range(T):
+                if not (edit.rows[t] and edit.columns[s] and visible[t, s]):
+                    continue
+                if edit.by == "row":
+                    given = sum(attention[t, c] for c in range(T) if edit.columns[c])
+                else:
+                    given = max(attention[r, s] for r in range(T) if edit.rows[r])
+                if given > edit.threshold:
+                    replaced[s] = edit.score
+        if len(replaced) < visible[t].sum():
+            for s, score in replaced.items():
+                scores[:, t, s] = score
     return scores
 
 
@@ -69,7 +69,7 @@ def _attention(row, w, config, positions, segments, bias, suppression, at):
             for h in range(config.n_heads)
         ]
     )
-    if suppression is not None:
+    if suppression:
         scores = _suppressed(scores, visible, suppression)
     probabilities = _softmax(np.where(visible, scores, -np.inf))
     probabilities = at("attn_probs", probabilities)
@@ -122,11 +122,10 @@ def reference_forward(config, params, tokens, positions=None, segments=None, edi
         rows = [
             _attention(
                 *(h[b], w["attention"], config, positions[b], segments[b], _row(bias, b)),
-                None
-                if edit.suppression is None
-                else edit.suppression.replace(
-                    columns=_row(edit.suppression.columns, b), rows=_row(edit.suppression.rows, b)
-                ),
+                [
+                    each.replace(columns=_row(each.columns, b), rows=_row(each.rows, b))
+                    for each in edit.suppression
+                ],
                 lambda name, value, b=b, at=at: at(name, value, b),
             )
             for b in range(B)

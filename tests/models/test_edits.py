@@ -55,17 +55,23 @@ def random_edits():
         add=Edits(add=add),
         write=Edits(write=write),
         steer=Edits(add={"resid_post": add["resid_post"]}),
-        by_row=Edits(suppression=suppression(rng, "row", 0.25)),
-        by_column=Edits(suppression=suppression(rng, "column", 0.3)),
+        by_row=Edits(suppression=(suppression(rng, "row", 0.25),)),
+        by_column=Edits(suppression=(suppression(rng, "column", 0.3),)),
+        by_both=Edits(
+            suppression=(
+                suppression(rng, "row", 0.2, score=-3.0),
+                suppression(rng, "column", 0.15, score=-1.0),
+            )
+        ),
     )
 
 
-def suppression(rng, by, threshold):
+def suppression(rng, by, threshold, score=-100.0):
     return Suppression(
         columns=rng.random((L, B, T)) < 0.4,
         rows=rng.random((L, B, T)) < 0.7,
         threshold=np.array([threshold, 2.0, -1.0], np.float32),  # partly, never, always
-        score=np.full(L, -100.0, np.float32),
+        score=np.full(L, score, np.float32),
         by=by,
     )
 
@@ -93,6 +99,7 @@ def forward(tiny):
         ("write",),
         ("by_row",),
         ("by_column",),
+        ("by_both",),
         ("gate", "add", "write", "by_row"),
     ],
 )
@@ -122,14 +129,19 @@ def test_suppression_never_takes_a_rows_every_key_nor_shows_the_future(tiny, for
         threshold=jnp.full(L, -1.0),
         score=jnp.full(L, -100.0),
     )
-    edited = forward(tiny.params, Edits(suppression=everything), tiny.tokens)
+    edited = forward(tiny.params, Edits(suppression=(everything,)), tiny.tokens)
     intact = forward(tiny.params, Edits(), tiny.tokens)
+    np.testing.assert_allclose(edited, intact, **TOLERANCE)
+    # Nor do two that take half of the keys each.
+    half = jnp.arange(T) % 2 == 0
+    halves = tuple(everything.replace(columns=everything.columns & each) for each in (half, ~half))
+    edited = forward(tiny.params, Edits(suppression=halves), tiny.tokens)
     np.testing.assert_allclose(edited, intact, **TOLERANCE)
     but_the_first = everything.replace(columns=everything.columns.at[:, :, 0].set(False))
     changed = np.array(tiny.tokens)
     changed[:, 6:] = (changed[:, 6:] + 7) % tiny.config.vocabulary
     one, two = (
-        forward(tiny.params, Edits(suppression=but_the_first), t) for t in (tiny.tokens, changed)
+        forward(tiny.params, Edits(suppression=(but_the_first,)), t) for t in (tiny.tokens, changed)
     )
     np.testing.assert_array_equal(one[:, :6], two[:, :6])
     assert (one[:, 6:] != two[:, 6:]).any()
@@ -148,7 +160,7 @@ def test_suppression_gives_layercakes_numbers():
             score=jnp.float32(-100.0),
         )
         q, k = jnp.ones((1, 1, 1, 1)), jnp.asarray(scores, jnp.float32).reshape(1, 5, 1, 1)
-        edits = Edits(suppression=given)
+        edits = Edits(suppression=(given,))
         return dense_attention(q, k, k, mask, Scores(1.0), edits)[1][0, 0, 0]
 
     intact = [0.4984, 0.1834, 0.0675, 0.1834, 0.0675]
@@ -313,8 +325,8 @@ def test_edits_work_in_cached_decoding(tiny, forward, random_edits, name):
     cache, logits = tiny.model.init_cache(B, T), []
     for t in range(3):
         if name == "by_row":
-            rows = edits.suppression.rows[:, :, t : t + 1]
-            now = Edits(suppression=edits.suppression.replace(rows=rows))
+            (given,) = edits.suppression
+            now = Edits(suppression=(given.replace(rows=given.rows[:, :, t : t + 1]),))
         else:
             now = jax.tree.map(lambda leaf, t=t: at_token(leaf, t), edits)
         out, cache = step(cache, tiny.tokens[:, t : t + 1], now)
@@ -329,6 +341,12 @@ def test_unknown_sites_and_bare_writes_are_refused(tiny):
         )
     with pytest.raises(ValueError, match=r"write\['q'\] must be a Write"):
         tiny.model(tiny.params, tiny.tokens, edits=Edits(write={"q": jnp.ones((L, 1, 1, 1, 1))}))
+
+
+def test_a_bare_suppression_is_refused(tiny, random_edits):
+    (given,) = random_edits.by_row.suppression
+    with pytest.raises(ValueError, match="must be a tuple of Suppressions"):
+        tiny.model(tiny.params, tiny.tokens, edits=Edits(suppression=given))
 
 
 def test_edits_of_another_number_of_layers_are_refused(tiny):

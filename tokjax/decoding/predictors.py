@@ -1,9 +1,14 @@
 """How the next token's logits come to be: one pass over the prompts, then one pass a token.
 
 A predictor is a hashable value without arrays (it is part of the compiled program's identity);
-its parameters and state are arguments. Contrast, guidance and damaged passes are other predictors.
+its parameters and state are arguments. Contrast, guidance and damaged passes are other predictors:
+see `tokjax.decoding.contrast`. What one sweeps there (weights, thresholds, temperatures, other
+prompts) are array leaves of the predictor's parameters, a `struct.dataclass` that holds the
+models' own parameters too, so that a new value compiles nothing; a function makes both, in the
+order in which `decode` takes them: `decode(*contrastive(...), prompts, max_new_tokens=32)`.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +25,7 @@ from tokjax.models.encdec import EncoderDecoder
 from tokjax.models.head import from_products
 from tokjax.models.layers import Memory
 from tokjax.models.parameters import Params
-from tokjax.models.transformer import Transformer
+from tokjax.models.transformer import Output, Transformer
 
 
 @struct.dataclass
@@ -35,7 +40,12 @@ class StepOutput:
 
 
 class Predictor(Protocol):
-    """Where logits come from. Rows must not depend on one another."""
+    """Where logits come from. Rows must not depend on one another.
+
+    One whose parameters must fit the prompts may also have `check(params, prompts, limits)`:
+    `decode` calls it on the host, with each row's largest number of new tokens, before anything is
+    compiled.
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -89,26 +99,47 @@ class ModelPredictor:
         return prepared
 
     def init(self, prepared: Params, prompts: Prompts, capacity: int) -> tuple[Cache, StepOutput]:
-        """Returns the filled cache and the logits behind each prompt's last token.
+        """Returns the filled cache and the logits behind each prompt's last token."""
+        cache, out = self.prefill(prepared, prompts, capacity)
+        last = jnp.take_along_axis(out.x, (prompts.lengths - 1)[:, None, None], axis=1)
+        return cache, StepOutput(self.logits(prepared, last)[:, 0])
+
+    def prefill(
+        self,
+        prepared: Params,
+        prompts: Prompts,
+        capacity: int,
+        *,
+        chunk: int = 1,
+        capture: Mapping[str, Callable | None] | None = None,
+    ) -> tuple[Cache, Output]:
+        """Returns the cache filled with the prompts (lengths may be 0), and the pass's output.
 
         The pass runs without a cache and captures its keys and values: it may so use a fused
         attention kernel, and never holds probabilities over the whole capacity.
+
+        Args:
+            prepared: parameters.
+            prompts: what to read.
+            capacity: of the cache.
+            chunk: most tokens a later pass may add.
+            capture: sites to return besides, each with a function applied in its layer or None.
         """
         embedded = self.model.embed(prepared, prompts.tokens)
-        mixed = {"resid_post"} if self.model.config.mixer is not None else set()
+        mixed = self.model.config.mixer is not None
+        sites = dict.fromkeys(["k", "v", "resid_post"] if mixed else ["k", "v"])
         out = self.model.backbone(
-            prepared, embedded, memory=prepared.get("memory"), capture={"k", "v"} | mixed
+            prepared, embedded, memory=prepared.get("memory"), capture={**(capture or {}), **sites}
         )
         layers = range(self.model.config.n_layers)
         cache = kv.fill(
-            self.model.init_cache(prompts.tokens.shape[0], capacity),
+            self.model.init_cache(prompts.tokens.shape[0], capacity, chunk=chunk),
             keys=[out.captured["k"][i] for i in layers],
             values=[out.captured["v"][i] for i in layers],
             lengths=prompts.lengths,
             mixed=[out.captured["resid_post"][i] for i in layers] if mixed else (),
         )
-        last = jnp.take_along_axis(out.x, (prompts.lengths - 1)[:, None, None], axis=1)
-        return cache, self._say(prepared, last)
+        return cache, out
 
     def step(
         self, prepared: Params, state: Cache, tokens: Int[Array, "B"]
@@ -117,14 +148,16 @@ class ModelPredictor:
         embedded = self.model.embed(prepared, tokens[:, None])
         out = self.model.backbone(prepared, embedded, memory=prepared.get("memory"), cache=state)
         assert out.cache is not None
-        return out.cache, self._say(prepared, out.x)
+        return out.cache, StepOutput(self.logits(prepared, out.x)[:, 0])
 
-    def _say(self, prepared: Params, x: Float[Array, "B 1 D"]) -> StepOutput:
+    def logits(self, prepared: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Returns the float32 logits of final hidden states."""
         transposed = prepared.get("transposed_head")
         if transposed is None:
-            return StepOutput(self.model.unembed(prepared, x)[:, 0])
-        products = jnp.dot(x[:, 0], transposed, preferred_element_type=jnp.float32)
-        return StepOutput(from_products(self.model.head(prepared), products))
+            return self.model.unembed(prepared, x)
+        B, T, D = x.shape
+        products = jnp.dot(x.reshape(B * T, D), transposed, preferred_element_type=jnp.float32)
+        return from_products(self.model.head(prepared), products).reshape(B, T, -1)
 
 
 @struct.dataclass

@@ -7,6 +7,7 @@ N examples.
 """
 
 from tokjax.models.cache import Cache
+from tokjax.models.checkpoints import load
 from tokjax.models.config import EncDecConfig, ModelConfig
 from tokjax.models.edits import Edits, Suppression, Write
 from tokjax.models.encdec import EncoderDecoder
@@ -28,6 +29,7 @@ __all__ = [
     "Suppression",
     "Transformer",
     "Write",
+    "load",
     "padding",
     "pool",
 ]

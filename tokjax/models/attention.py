@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from tokjax.errors import ConfigError
-from tokjax.models.edits import Edits
+from tokjax.models.edits import Edits, suppressed
 from tokjax.parallel.rules import BATCH_AXES, current_mesh_shape
 
 SAVED = "attention"  # name of what a rematerialised block keeps of attention
@@ -108,12 +108,10 @@ def dense_attention(
         mask = mask & (added > _EXCLUDED)
         logits = logits + jnp.where(mask, added, 0.0)
     probabilities = _softmax(logits, mask, can_be_empty=edits.attention_bias is not None)
-    if edits.suppression is not None:
+    if edits.suppression:
         # Decided without a gradient: a threshold has none.
-        chosen = edits.suppression.chosen(
-            jax.lax.stop_gradient(probabilities), mask.any(1)[:, None]
-        )
-        logits = jnp.where(chosen[:, None], edits.suppression.score, logits)
+        decided_by = jax.lax.stop_gradient(probabilities)
+        logits = suppressed(edits.suppression, logits, decided_by, mask.any(1)[:, None])
         probabilities = _softmax(logits, mask, can_be_empty=edits.attention_bias is not None)
     probabilities = edits.at("attn_probs", probabilities)
     grouped = probabilities.reshape(B, K, H // K, T, -1).astype(v.dtype)

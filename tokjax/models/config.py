@@ -1,7 +1,6 @@
 """The configuration of a transformer: one dataclass for every supported family."""
 
 import dataclasses
-import dataclasses
 import typing
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,6 +4,7 @@ Every leaf leads with the layer axis, is scanned together with the weights and m
 without recompiling. A field left None (or a site left out) is absent from the compiled program.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -57,7 +58,8 @@ class Suppression:
     With A the attention probabilities averaged over heads in this very pass, rows are changed for
     which (`by="row"`) the sum of A over `columns` is above `threshold`: all `columns` of that row;
     or (`by="column"`) all `rows` are changed, in each of `columns` that gets more than `threshold`
-    from any of them. The causal mask stays; a row that would lose its every key is left alone.
+    from any of them. The causal mask stays; a row that would lose its every key is left alone
+    (by all suppressions of a pass together).
 
     Attributes:
         columns: keys (cache slots) that may be suppressed; the batch axis may be 1.
@@ -79,7 +81,9 @@ class Suppression:
     def chosen(
         self, probabilities: Float[Array, "B H T S"], visible: Bool[Array, "B 1 T S"]
     ) -> Bool[Array, "B T S"]:
-        """Returns which scores of one layer are overwritten (the layer axis is gone here)."""
+        """Returns which visible scores of one layer the rule takes (the layer axis is gone here),
+        also in rows that lose every key by it.
+        """
         attention = probabilities.mean(axis=1)
         columns, rows = self.columns[:, None, :], self.rows[:, :, None]
         if self.by == "row":
@@ -88,8 +92,26 @@ class Suppression:
         else:
             in_rows = jnp.where(rows, attention, 0.0).max(axis=1, keepdims=True)
             chosen = columns & (in_rows > self.threshold)
-        chosen = chosen & rows & visible[:, 0]
-        return chosen & (visible[:, 0] & ~chosen).any(-1, keepdims=True)
+        return chosen & rows & visible[:, 0]
+
+
+def suppressed(
+    suppressions: Sequence[Suppression],
+    logits: Float[Array, "B H T S"],
+    probabilities: Float[Array, "B H T S"],
+    visible: Bool[Array, "B 1 T S"],
+) -> Float[Array, "B H T S"]:
+    """Returns one layer's attention scores with the suppressed ones overwritten.
+
+    All decide by the same probabilities; where two take the same score, the later one's stands.
+    """
+    taken = [each.chosen(probabilities, visible) for each in suppressions]
+    together = functools.reduce(jnp.logical_or, taken)
+    # A row of nothing but equal scores would attend to the future too.
+    kept = (visible[:, 0] & ~together).any(-1, keepdims=True)
+    for each, chosen in zip(suppressions, taken, strict=True):
+        logits = jnp.where((chosen & kept)[:, None], each.score, logits)
+    return logits
 
 
 @struct.dataclass
@@ -101,9 +123,11 @@ class Edits:
     there.
 
     Attributes:
-        attention_bias: added to the attention scores before the softmax, -inf excludes; heads and
-            rows may be 1. A query whose every key is excluded attends to nothing.
-        suppression: keys whose scores are overwritten, by the attention they get.
+        attention_bias: added to the attention scores before the softmax (not to those of
+            cross-attention), -inf excludes; heads and rows may be 1. A query whose every key is
+            excluded attends to nothing.
+        suppression: keys whose scores are overwritten, by the attention they get; several, for
+            example one for each of the rows that run a branch of their own.
         layer_gate: multiplies what a block adds to the residual stream; 0 skips the block. The
             batch and token axes may be 1.
         add: site -> values added there (steering); leads with the layer axis, axes may be 1.
@@ -111,7 +135,7 @@ class Edits:
     """
 
     attention_bias: Float[Array, "L B H T S"] | None = None
-    suppression: Suppression | None = None
+    suppression: tuple[Suppression, ...] = ()
     layer_gate: Float[Array, "L B T"] | None = None
     add: Mapping[str, Float[Array, "L ..."]] = struct.field(default_factory=dict)
     write: Mapping[str, Write] = struct.field(default_factory=dict)
@@ -122,8 +146,11 @@ class Edits:
         Not done when they are made: `vmap` and `tree.map` make trees of this type out of anything.
 
         Raises:
-            ValueError: an unknown site; a `write` that is no `Write`; a leaf without layer axis.
+            ValueError: an unknown site; a `write` that is no `Write`; a bare `Suppression`; a leaf
+                without layer axis.
         """
+        if not isinstance(self.suppression, tuple):
+            raise ValueError("Edits.suppression must be a tuple of Suppressions: (suppression,)")
         for field in ("add", "write"):
             for site, value in getattr(self, field).items():
                 if site not in sites:
@@ -142,7 +169,7 @@ class Edits:
     def attention_scores(self) -> bool:
         """Whether scores or probabilities are changed, which fused kernels cannot do."""
         changed = "attn_probs" in self.add or "attn_probs" in self.write
-        return self.attention_bias is not None or self.suppression is not None or changed
+        return self.attention_bias is not None or bool(self.suppression) or changed
 
     def of_cross_attention(self) -> "Edits":
         """Returns what is changed of cross-attention's probabilities, as if of attention's."""

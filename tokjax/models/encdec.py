@@ -12,8 +12,8 @@ from tokjax.models.cache import Cache
 from tokjax.models.config import EncDecConfig
 from tokjax.models.encoder import Encoder
 from tokjax.models.head import Head
-from tokjax.models.layers import ACTIVATIONS, Memory, heads
-from tokjax.models.parameters import NORMS, Params
+from tokjax.models.layers import ACTIVATIONS, Memory, heads, ready
+from tokjax.models.parameters import Params
 from tokjax.models.transformer import Output, Transformer, padding
 
 Inputs = Int[Array, "B S"] | Float[Array, "B S D"]
@@ -110,15 +110,12 @@ class EncoderDecoder:
 
     def remember(self, params: Params, memory: Memory) -> Memory:
         """Returns the memory with every layer's keys and values, computed once for many steps."""
-        config, dtype = self.config.decoder, memory.x.dtype
+        config = self.config.decoder
         layers = parameters.unstack(params["decoder"])["layers"]
+        weights = [ready(config, layer["cross"]) for layer in layers]
 
         def of_all_layers(name: str) -> tuple[jax.Array, ...]:
-            found = []
-            for layer in layers:
-                w = {n: a if n in NORMS else a.astype(dtype) for n, a in layer["cross"].items()}
-                found.append(heads(config, w, name, memory.x))
-            return tuple(found)
+            return tuple(heads(config, w, name, memory.x) for w in weights)
 
         return replace(memory, keys=of_all_layers("key"), values=of_all_layers("value"))
 

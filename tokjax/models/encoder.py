@@ -1,4 +1,4 @@
-"""The bidirectional encoder: the same blocks without a causal mask, and a head for masked tokens."""
+"""The bidirectional encoder: the same blocks, no causal mask, and a head for masked tokens."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tokjax.errors import ConfigError
-from tokjax.models.layers import ACTIVATIONS, linear, norm
-from tokjax.models.parameters import NORMS, Params
+from tokjax.models.layers import ACTIVATIONS, linear, norm, ready
+from tokjax.models.parameters import Params
 from tokjax.models.transformer import Output, Transformer, padding
 
 
@@ -35,7 +35,7 @@ class Encoder(Transformer):
             raise ConfigError(
                 "this encoder has no head for masked tokens (mlm_head=None): use its hidden states"
             )
-        w = {n: a if n in NORMS else a.astype(x.dtype) for n, a in params["mlm"].items()}
+        w = ready(self.config, params["mlm"])
         return norm(self.config, w, ACTIVATIONS[activation](linear(w, "dense", x)))
 
     def unembed(self, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

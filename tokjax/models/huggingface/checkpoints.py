@@ -6,20 +6,24 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from tokjax.errors import CheckpointError, ConfigError
+from tokjax.errors import CheckpointError
+from tokjax.models.config import Config, EncDecConfig
+from tokjax.models.encdec import EncoderDecoder
+from tokjax.models.encoder import Encoder
 from tokjax.models.huggingface.loading import load_parameters, read_config
 from tokjax.models.huggingface.safetensors_files import find_tensors
 from tokjax.models.transformer import Transformer
 
-_DTYPES = ("float32", "bfloat16", "float16")
 # What is taken from the hub: never a pickle.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def load(
     path_or_id: str | os.PathLike, *, mesh: Mesh | None = None, dtype: str | None = None
-) -> tuple[Transformer, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """Returns a model and its parameters from a Hugging Face checkpoint.
+
+    The model is a `Transformer`, an `Encoder` or an `EncoderDecoder`, as config.json says.
 
     Tensors are read one at a time straight into their sharding, so the host never holds much more
     than the parameters once. No pickle is ever opened.
@@ -36,13 +40,18 @@ def load(
             another shape; it names the tensor and the file.
         ConfigError: the model is not supported.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(_DTYPES)}, or None")
     folder = locate(path_or_id)
     config = read_config(folder)
     tensors = find_tensors(folder)
     config, params = load_parameters(config, tensors, str(folder), mesh=mesh, dtype=dtype)
-    return Transformer(config), params
+    return model_of(config), params
+
+
+def model_of(config: Config) -> Any:
+    """Returns the model of a configuration: `Transformer`, `Encoder` or `EncoderDecoder`."""
+    if isinstance(config, EncDecConfig):
+        return EncoderDecoder(config)
+    return Transformer(config) if config.causal else Encoder(config)
 
 
 def locate(path_or_id: str | os.PathLike) -> Path:

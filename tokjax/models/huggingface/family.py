@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tokjax.errors import CheckpointError, ConfigError, nearest
-from tokjax.models.config import ModelConfig
+from tokjax.models.config import Config, ModelConfig
 
 Fields = Mapping[str, Any]  # a parsed config.json
 
@@ -41,11 +41,15 @@ class Tensor:
         name: of the tensor; `{layer}` stands for the block.
         transposed: stored as (output, input) where tokjax has (input, output).
         split: the part it is of a fused tensor, or None.
+        row: stored as the one row of a matrix.
+        first_layer: the first block that has it; what those before it have is of no effect.
     """
 
     name: str
     transposed: bool = False
     split: Split | None = None
+    row: bool = False
+    first_layer: int = 0
 
     def from_stored(self, stored: np.ndarray) -> np.ndarray:
         """Returns the parameter (of one layer) from the stored tensor."""
@@ -53,6 +57,7 @@ class Tensor:
             s, start = self.split, sum(self.split.sizes[: self.split.index])
             part = _grouped(stored, s, sum(s.sizes))[:, start : start + s.sizes[s.index]]
             stored = _ungrouped(part, s)
+        stored = stored[0] if self.row else stored
         return stored.T if self.transposed else stored
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -60,7 +65,7 @@ class Tensor:
         found = list(shape[::-1] if self.transposed else shape)
         if self.split is not None:
             found[self.split.axis] = self.split.groups * sum(self.split.sizes)
-        return tuple(found)
+        return (1, *found) if self.row else tuple(found)
 
 
 def to_stored(parts: Sequence[tuple[Tensor, np.ndarray]]) -> np.ndarray:
@@ -69,7 +74,7 @@ def to_stored(parts: Sequence[tuple[Tensor, np.ndarray]]) -> np.ndarray:
     for tensor, array in parts:
         array = array.T if tensor.transposed else array
         if tensor.split is None:
-            return array
+            return array[None] if tensor.row else array
         s = tensor.split
         placed[s.index] = (_grouped(array, s, s.sizes[s.index]), s)
     in_order = [placed[i] for i in sorted(placed)]
@@ -100,16 +105,34 @@ class Family:
             leave it out.
         ignored: endings of names that hold no parameter (buffers of older versions).
         unused: names that a checkpoint may have and this model does not use.
+        copies: names of tensors that may repeat a parameter -> its path.
+        renamed: (former, present) endings of names.
+        backbone: the class of checkpoints without a head, whose names lack the prefix.
+        has_head: whether a configuration is of a model with a head.
+        adapt: (configuration, names of the tensors) -> configuration, where config.json alone
+            leaves something open.
     """
 
     name: str
     architecture: str
-    read: Callable[[Fields], ModelConfig]
-    write: Callable[[ModelConfig], dict[str, Any]]
-    tensors: Callable[[ModelConfig], dict[str, Tensor]]
+    read: Callable[[Fields], Any]
+    write: Callable[[Any], dict[str, Any]]
+    tensors: Callable[[Any], dict[str, Tensor]]
     prefix: str = "model."
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
     unused: tuple[str, ...] = ()
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    renamed: tuple[tuple[str, str], ...] = ()
+    backbone: str | None = None
+    has_head: Callable[[Any], bool] = lambda config: True
+    adapt: Callable[[Any, frozenset[str]], Any] = lambda config, names: config
+
+    def without_prefix(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the tensors under the names that a bare backbone has."""
+        return {
+            path: dataclasses.replace(t, name=t.name.removeprefix(self.prefix))
+            for path, t in tensors.items()
+        }
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -136,8 +159,9 @@ def known_families() -> tuple[str, ...]:
     return tuple(sorted(_FAMILIES))
 
 
-def config_from_fields(fields: Fields) -> ModelConfig:
-    """Returns the configuration that a parsed config.json describes.
+def config_from_fields(fields: Fields) -> Any:
+    """Returns the configuration that a parsed config.json describes: a `ModelConfig`, or an
+    `EncDecConfig`.
 
     Raises:
         ConfigError: the type of model or one of its features is not supported, or a key is
@@ -160,35 +184,53 @@ def config_from_fields(fields: Fields) -> ModelConfig:
     return dataclasses.replace(config, family=name)
 
 
-def config_to_fields(config: ModelConfig) -> dict[str, Any]:
+def config_to_fields(config: Config) -> dict[str, Any]:
     """Returns the config.json of a configuration, as its family has it.
 
     Raises:
         ConfigError: the family cannot express the model.
     """
     family = family_of(config.family)
-    fields = {"model_type": family.name, "architectures": [family.architecture]}
+    architecture = family.architecture if family.has_head(config) else family.backbone
+    fields = {"model_type": family.name, "architectures": [architecture]}
     fields |= family.write(config)
     fields |= {
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": config.param_dtype,
     }
-    again = config_from_fields(fields)
-    for field in dataclasses.fields(config):
-        if field.name in _OF_TRAINING:
-            continue
-        now, then = getattr(config, field.name), getattr(again, field.name)
-        if now != then and _resolved(config, field.name) != _resolved(again, field.name):
-            raise ConfigError(
-                f"a {family.name} checkpoint cannot hold a model with {field.name}={now!r} (it "
-                f"would be read as {then!r}): change the model or its family"
-            )
+    for name, now, then in _differences(config, config_from_fields(fields)):
+        raise ConfigError(
+            f"a {family.name} checkpoint cannot hold a model with {name}={now!r} (it would be "
+            f"read as {then!r}): change the model or its family"
+        )
     return fields
+
+
+def _differences(config: Any, again: Any, left_out: frozenset[str] = frozenset()):
+    """Yields (name, value, value read back) of what a checkpoint does not keep."""
+    if type(config) is not type(again):
+        yield "kind", type(config).__name__, type(again).__name__
+        return
+    for field in dataclasses.fields(config):
+        now, then = getattr(config, field.name), getattr(again, field.name)
+        if field.name in _OF_TRAINING | left_out:
+            continue
+        if isinstance(now, ModelConfig):
+            inner = _OF_A_MODEL | (_OF_THE_HEAD if field.name == "encoder" else frozenset())
+            for name, *values in _differences(now, then, inner):
+                yield f"{field.name}.{name}", *values
+        elif now != then and _resolved(config, field.name) != _resolved(again, field.name):
+            yield field.name, now, then
 
 
 # Not a matter of the checkpoint.
 _OF_TRAINING = frozenset(
     ["init_scale", "dtype", "param_dtype", "remat", "unroll", "attention", "window_pattern", "base"]
+)
+# Neither a stack beside another one has, nor an encoder beside a decoder.
+_OF_A_MODEL = frozenset(["family"])
+_OF_THE_HEAD = frozenset(
+    ["vocab_size", "tie_embeddings", "head_bias", "logit_scale", "logit_softcap"]
 )
 _DERIVED = {
     "n_kv_heads": "kv_heads",
@@ -201,12 +243,23 @@ _DERIVED = {
 }
 
 
-def _resolved(config: ModelConfig, name: str) -> Any:
-    if name in ("embedding_scale", "rope_local_theta"):
-        default = {"embedding_scale": 1.0, "rope_local_theta": config.rope_theta}[name]
+# What means nothing without something else.
+_WITHOUT: dict[str, Callable[[ModelConfig], bool]] = {
+    **dict.fromkeys(
+        ("rope_theta", "rope_scaling", "rotary_fraction"), lambda c: c.positions != "rotary"
+    ),
+    **dict.fromkeys(("relative_buckets", "relative_distance"), lambda c: c.positions != "relative"),
+    "key_bias": lambda c: not c.attention_bias,
+    "mlm_bias": lambda c: c.mlm_head is None,
+}
+
+
+def _resolved(config: Any, name: str) -> Any:
+    if name in ("embedding_scale", "rope_local_theta", "logit_scale"):
+        default = config.rope_theta if name == "rope_local_theta" else 1.0
         value = getattr(config, name)
         return default if value is None else value
-    if name in ("rope_theta", "rope_scaling", "rotary_fraction") and config.positions != "rotary":
+    if name in _WITHOUT and _WITHOUT[name](config):
         return None
     return getattr(config, _DERIVED.get(name, name))
 

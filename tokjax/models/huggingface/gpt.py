@@ -3,6 +3,7 @@
 from typing import Any
 
 from tokjax.models.config import ModelConfig
+from tokjax.models.huggingface.common import linear, normed
 from tokjax.models.huggingface.family import (
     ACTIVATION_NAMES,
     Family,
@@ -16,13 +17,6 @@ from tokjax.models.huggingface.family import (
 from tokjax.models.huggingface.rope import read_rope, write_rope
 
 _BIASED = {"norm": "layer", "norm_bias": True, "gated": False}
-
-
-def _norms(names: dict[str, str]) -> dict[str, Tensor]:
-    found = {}
-    for path, name in names.items():
-        found |= {path: Tensor(f"{name}.weight"), f"{path}_bias": Tensor(f"{name}.bias")}
-    return found
 
 
 def _read_gpt2(fields: Fields) -> ModelConfig:
@@ -62,7 +56,7 @@ def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
 
 def _gpt2_tensors(config: ModelConfig) -> dict[str, Tensor]:
     block, D = "transformer.h.{layer}", config.d_model
-    found = _norms(
+    found = normed(
         {
             "norm": "transformer.ln_f",
             "layers/attention/norm": f"{block}.ln_1",
@@ -131,7 +125,7 @@ def _write_opt(config: ModelConfig) -> dict[str, Any]:
 def _opt_tensors(config: ModelConfig) -> dict[str, Tensor]:
     stack = "model.decoder"
     block = stack + ".layers.{layer}"
-    found = _norms(
+    found = normed(
         {
             "norm": f"{stack}.final_layer_norm",
             "layers/attention/norm": f"{block}.self_attn_layer_norm",
@@ -145,17 +139,16 @@ def _opt_tensors(config: ModelConfig) -> dict[str, Tensor]:
         "embedding_out": Tensor(f"{stack}.project_out.weight", transposed=True),
         "head": Tensor("lm_head.weight"),
     }
-    for path, name in {
-        "attention/query": "self_attn.q_proj",
-        "attention/key": "self_attn.k_proj",
-        "attention/value": "self_attn.v_proj",
-        "attention/out": "self_attn.out_proj",
-        "mlp/up": "fc1",
-        "mlp/down": "fc2",
-    }.items():
-        found[f"layers/{path}"] = Tensor(f"{block}.{name}.weight", transposed=True)
-        found[f"layers/{path}_bias"] = Tensor(f"{block}.{name}.bias")
-    return found
+    return found | linear(
+        {
+            "layers/attention/query": f"{block}.self_attn.q_proj",
+            "layers/attention/key": f"{block}.self_attn.k_proj",
+            "layers/attention/value": f"{block}.self_attn.v_proj",
+            "layers/attention/out": f"{block}.self_attn.out_proj",
+            "layers/mlp/up": f"{block}.fc1",
+            "layers/mlp/down": f"{block}.fc2",
+        }
+    )
 
 
 def _read_neox(fields: Fields) -> ModelConfig:
@@ -206,7 +199,7 @@ def _write_neox(config: ModelConfig) -> dict[str, Any]:
 
 def _neox_tensors(config: ModelConfig) -> dict[str, Tensor]:
     block, d = "gpt_neox.layers.{layer}", config.head_width
-    found = _norms(
+    found = normed(
         {
             "norm": "gpt_neox.final_layer_norm",
             "layers/attention/norm": f"{block}.input_layernorm",
@@ -217,13 +210,13 @@ def _neox_tensors(config: ModelConfig) -> dict[str, Tensor]:
         "embedding": Tensor("gpt_neox.embed_in.weight"),
         "head": Tensor("embed_out.weight"),
     }
-    for path, name in {
-        "attention/out": "attention.dense",
-        "mlp/up": "mlp.dense_h_to_4h",
-        "mlp/down": "mlp.dense_4h_to_h",
-    }.items():
-        found[f"layers/{path}"] = Tensor(f"{block}.{name}.weight", transposed=True)
-        found[f"layers/{path}_bias"] = Tensor(f"{block}.{name}.bias")
+    found |= linear(
+        {
+            "layers/attention/out": f"{block}.attention.dense",
+            "layers/mlp/up": f"{block}.mlp.dense_h_to_4h",
+            "layers/mlp/down": f"{block}.mlp.dense_4h_to_h",
+        }
+    )
     for i, name in enumerate(("query", "key", "value")):
         split = Split((d, d, d), i, groups=config.n_heads)
         path, fused = f"layers/attention/{name}", f"{block}.attention.query_key_value"

@@ -4,6 +4,7 @@ from typing import Any
 
 from tokjax.errors import ConfigError
 from tokjax.models.config import ModelConfig
+from tokjax.models.huggingface.common import layer_types, linear, window_pattern
 from tokjax.models.huggingface.family import (
     ACTIVATION_NAMES,
     Family,
@@ -49,27 +50,11 @@ def _write_sizes(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _pattern(fields: Fields, default: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Returns which layers are windowed, from `layer_types` where the file has them."""
-    types = fields.get("layer_types")
-    if types is None:
-        return default
-    known = {"sliding_attention": True, "full_attention": False}
-    for kind in types:
-        if kind not in known:
-            raise ConfigError(f"config.json has a layer of type {kind!r}; known: {list(known)}")
-    return tuple(known[kind] for kind in types)
-
-
 def _windows(fields: Fields, window: int | None, default: tuple[bool, ...]) -> dict[str, Any]:
-    pattern = _pattern(fields, default)
+    pattern = window_pattern(fields, default)
     if window is None or (pattern and not any(pattern)):
         return {}
     return {"sliding_window": window, "window_pattern": pattern}
-
-
-def _layer_types(config: ModelConfig) -> list[str]:
-    return ["full_attention" if w is None else "sliding_attention" for w in config.windows]
 
 
 def _tensors(config: ModelConfig) -> dict[str, Tensor]:
@@ -95,10 +80,7 @@ def _tensors(config: ModelConfig) -> dict[str, Tensor]:
         (ff, {"gate": "gate", "up": "up", "down": "down"}),
     ):
         group = "attention" if part == at else "mlp"
-        for ours, theirs in names.items():
-            path = f"layers/{group}/{ours}"
-            found[path] = Tensor(f"{part}.{theirs}_proj.weight", transposed=True)
-            found[f"{path}_bias"] = Tensor(f"{part}.{theirs}_proj.bias")
+        found |= linear({f"layers/{group}/{n}": f"{part}.{m}_proj" for n, m in names.items()})
     return found
 
 
@@ -177,7 +159,7 @@ def _write_qwen(config: ModelConfig) -> dict[str, Any]:
         | {
             "use_sliding_window": windowed,
             "sliding_window": config.sliding_window,
-            "layer_types": _layer_types(config),
+            "layer_types": layer_types(config),
         }
     )
 
@@ -248,7 +230,7 @@ def _write_gemma2(config: ModelConfig) -> dict[str, Any]:
             "attn_logit_softcapping": config.attention_softcap,
             "final_logit_softcapping": config.logit_softcap,
             "sliding_window": config.sliding_window,
-            "layer_types": _layer_types(config),
+            "layer_types": layer_types(config),
         }
     )
 

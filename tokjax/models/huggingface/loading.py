@@ -1,12 +1,11 @@
 """Loading a checkpoint: tensor by tensor, straight into the target's sharding."""
 
-import dataclasses
 import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from tokjax.errors import CheckpointError, ConfigError
 from tokjax.models import parameters
-from tokjax.models.config import ModelConfig
+from tokjax.models.config import Config, with_dtypes
 from tokjax.models.huggingface.family import (
     Family,
     Tensor,
@@ -24,13 +23,36 @@ from tokjax.models.huggingface.family import (
     family_of,
     missing_tensor,
 )
-from tokjax.models.huggingface.safetensors_files import Entry
 from tokjax.parallel.rules import parameter_shardings
 
+_DTYPES = ("float32", "bfloat16", "float16")
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
-def read_config(folder: Path) -> ModelConfig:
+class Source(Protocol):
+    """A named array that lies in a file: what a checkpoint of any format is made of."""
+
+    @property
+    def file(self) -> Path:
+        """Where it lies."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the array that `read` returns, as safetensors call it: F32, BF16, ..."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array that `read` returns."""
+        ...
+
+    def read(self) -> np.ndarray:
+        """Returns the array."""
+        ...
+
+
+def read_config(folder: Path) -> Any:
     """Returns the configuration of a checkpoint's folder, or of a config.json.
 
     Raises:
@@ -53,61 +75,81 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def load_parameters(
-    config: ModelConfig,
-    tensors: Mapping[str, Entry],
+    config: Config,
+    tensors: Mapping[str, Source],
     where: str,
     *,
+    family: Family | None = None,
     mesh: Mesh | None = None,
     dtype: str | None = None,
-) -> tuple[ModelConfig, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """Returns the configuration with the dtypes that were loaded, and the parameters.
 
     Args:
         config: what config.json says.
         tensors: every tensor of the checkpoint.
         where: what error messages call it.
+        family: says where each parameter lies; default the configuration's.
         mesh: devices to lay the parameters out on; default the first device.
         dtype: of every parameter; default as stored, each its own.
 
     Raises:
+        ConfigError: the dtype is unknown.
         CheckpointError: a tensor is missing, left over, or of another shape or kind.
     """
-    family = family_of(config.family)
+    if dtype is not None and dtype not in _DTYPES:
+        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(_DTYPES)}, or None")
+    family = family or family_of(config.family)
+    tensors = {_present_name(family, name): entry for name, entry in tensors.items()}
+    config = family.adapt(config, frozenset(tensors))
     names = _stored_names(family, family.tensors(config), tensors)
-    found = parameters.map_table(config, lambda path, p, stacked: path)
+    found = parameters.map_table(config, lambda path, p, layers: path)
     plan = _check(config, family, names, tensors, where)
     kinds = Counter(entry.dtype for entries in plan.values() for entry in entries)
-    stored = _FLOATS[kinds.most_common(1)[0][0]]
+    stored_kind = kinds.most_common(1)[0][0]
+    stored = _FLOATS[stored_kind]
     param_dtype = dtype or ("float32" if stored == "float64" else stored)
     compute = "bfloat16" if param_dtype == "bfloat16" else "float32"
-    config = dataclasses.replace(config, param_dtype=param_dtype, dtype=compute)  # type: ignore[arg-type]
+    config = with_dtypes(config, param_dtype, compute)
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), found)
     else:
         abstract = jax.eval_shape(lambda: parameters.init_parameters(config, jax.random.key(0)))
         shardings = parameter_shardings(parameters.logical_axes(config), abstract, mesh)
 
-    def place(path: str, parameter: parameters.Parameter, stacked: bool, sharding: Any):
-        own = dtype or _FLOATS[plan[path][0].dtype]
-        reads = [functools.partial(_read, names[path], e, own) for e in plan[path]]
-        if stacked:
-            return _stack(reads, parameter.shape, own, sharding)
-        return _put(reads[0](), sharding)
+    def place(path: str, parameter: parameters.Parameter, layers: int, sharding: Any):
+        entries = plan[path]
+        own = dtype or _FLOATS[entries[0].dtype if entries else stored_kind]
+        reads = [functools.partial(_read, names[path], e, own) for e in entries]
+        if not layers:
+            return _put(reads[0](), sharding)
+        # What the first blocks lack in the checkpoint they do not use.
+        unused = functools.partial(_unused, parameter, own)
+        return _stack([unused] * (layers - len(reads)) + reads, parameter.shape, own, sharding)
 
     flat = {
-        path: place(path, p, path.startswith("layers/"), s)
-        for (path, p), s in zip(
+        path: place(path, *described, s)
+        for (path, described), s in zip(
             _flat_table(config).items(), jax.tree.leaves(shardings), strict=True
         )
     }
     return config, jax.tree.map(lambda path: flat[path], found)
 
 
-def _flat_table(config: ModelConfig) -> dict[str, parameters.Parameter]:
-    """Returns path -> parameter, in the order of the tree's leaves."""
-    tree = parameters.map_table(config, lambda path, p, stacked: (path, p))
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple))
-    return dict(leaves)
+def _flat_table(config: Config) -> dict[str, tuple[parameters.Parameter, int]]:
+    """Returns path -> (parameter, layers it is stacked over), in the order of the tree's leaves."""
+    found = {}
+    tree = parameters.map_table(
+        config, lambda path, p, layers: found.update({path: (p, layers)}) or path
+    )
+    return {path: found[path] for path in jax.tree.leaves(tree)}
+
+
+def _present_name(family: Family, name: str) -> str:
+    for former, present in family.renamed:
+        if name.endswith(former):
+            return name.removesuffix(former) + present
+    return name
 
 
 def _stored_names(
@@ -116,27 +158,24 @@ def _stored_names(
     """Returns the tensors under the names a bare backbone has, if this is one."""
     if any(name.startswith(family.prefix) for name in stored):
         return dict(tensors)
-    return {
-        path: dataclasses.replace(t, name=t.name.removeprefix(family.prefix))
-        for path, t in tensors.items()
-    }
+    return family.without_prefix(tensors)
 
 
 def _check(
-    config: ModelConfig,
+    config: Config,
     family: Family,
     names: Mapping[str, Tensor],
-    tensors: Mapping[str, Entry],
+    tensors: Mapping[str, Source],
     where: str,
-) -> dict[str, list[Entry]]:
+) -> dict[str, list[Source]]:
     """Returns the entries of each parameter, one per layer, when nothing is wrong with them."""
-    plan: dict[str, list[Entry]] = {}
+    plan: dict[str, list[Source]] = {}
     used = set()
-    for path, parameter in _flat_table(config).items():
+    for path, (parameter, depth) in _flat_table(config).items():
         if path not in names:
             raise ConfigError(f"a {family.name} checkpoint has no place for {path}")
         tensor = names[path]
-        layers = range(config.n_layers) if path.startswith("layers/") else range(1)
+        layers = range(tensor.first_layer, depth) if depth else range(1)
         plan[path] = []
         for layer in layers:
             name = tensor.name.format(layer=layer)
@@ -158,25 +197,34 @@ def _check(
     return plan
 
 
-def _check_left_over(config, family: Family, names, tensors: Mapping[str, Entry], used) -> None:
-    head = names["head"].name if "head" in names else None
+def _check_left_over(config, family: Family, names, tensors: Mapping[str, Source], used) -> None:
+    copies = dict(family.copies)
+    table = "decoder/embedding" if "decoder/embedding" in names else "embedding"
+    if config.tie_embeddings:
+        copies |= {names[p].name: table for p in ("head", "decoder/head") if p in names}
     for name in sorted(set(tensors) - used):
         entry = tensors[name]
-        if name == head and config.tie_embeddings:
-            embedding = tensors[names["embedding"].name]
-            if not np.array_equal(entry.read(), embedding.read()):
+        if name in copies and names[copies[name]].name in used:
+            original = names[copies[name]]
+            read = original.from_stored(tensors[original.name].read())
+            if not np.array_equal(entry.read(), read):
                 raise CheckpointError(
-                    f"{entry.file}: {name!r} differs from {names['embedding'].name!r}, but the "
+                    f"{entry.file}: {name!r} differs from {original.name!r}, but the "
                     f"configuration ties them (tie_word_embeddings)"
                 )
         elif not name.endswith(family.ignored) and name not in family.unused:
+            depths = " and ".join(str(n) for n in config.depths.values())
             raise CheckpointError(
                 f"{entry.file}: tensor {name!r} has no place in a {family.name} model of this "
-                f"configuration ({config.n_layers} layers)"
+                f"configuration ({depths} layers)"
             )
 
 
-def _read(tensor: Tensor, entry: Entry, dtype: str) -> np.ndarray:
+def _unused(parameter: parameters.Parameter, dtype: str) -> np.ndarray:
+    return np.full(parameter.shape, parameter.std is None, jnp.dtype(dtype))
+
+
+def _read(tensor: Tensor, entry: Source, dtype: str) -> np.ndarray:
     return np.ascontiguousarray(tensor.from_stored(entry.read())).astype(
         jnp.dtype(dtype), copy=False
     )

@@ -16,7 +16,6 @@ from tokjax.files import storage_errors, sync_directory
 from tokjax.models import parameters
 from tokjax.models.huggingface.family import Tensor, config_to_fields, family_of, to_stored
 from tokjax.models.huggingface.safetensors_files import write_tensors
-from tokjax.models.transformer import Transformer
 
 # What travels with a checkpoint beside the model itself.
 CARRIED = (
@@ -29,16 +28,20 @@ CARRIED = (
     "chat_template.json",
     "tokenizer.model",
     "spiece.model",
+    "tokjax_tokenizer.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
 )
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_IDS = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id"),
+    *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
+)
 
 
 def save(
     folder: str | os.PathLike,
-    model: Transformer,
+    model: Any,
     params: Mapping[str, Any],
     *,
     source: str | os.PathLike | None = None,
@@ -49,7 +52,8 @@ def save(
 
     Args:
         folder: where.
-        model: what the parameters are of; its `config.family` says in which form it is written.
+        model: what the parameters are of (`Transformer`, `Encoder` or `EncoderDecoder`); its
+            `config.family` says in which form it is written.
         params: stacked or unstacked parameters, written in their own dtypes.
         source: a checkpoint's folder whose tokenizer, generation_config.json and token ids are
             carried along.
@@ -61,7 +65,7 @@ def save(
         StorageError: the folder is not empty, or cannot be written.
     """
     folder = Path(folder)
-    if model.config.lora is not None:
+    if getattr(model.config, "lora", None) is not None:
         raise ConfigError("the model has adapters: merge them (lora.merge), or save them alone")
     fields = config_to_fields(model.config)
     if folder.exists() and not overwrite and (folder.is_file() or any(folder.iterdir())):
@@ -75,11 +79,7 @@ def save(
                 fields |= _carry(Path(source), temporary)
             shapes = {name: _described(parts) for name, parts in stored.items()}
             write_tensors(temporary, shapes, lambda n: _assembled(stored[n]), max_shard_bytes)
-            # `None` is left to the family's default.
-            kept = {
-                k: v for k, v in fields.items() if v is not None or k in ("rope_scaling", *_IDS)
-            }
-            (temporary / "config.json").write_text(json.dumps(kept, indent=2) + "\n")
+            (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(temporary, folder)
@@ -103,22 +103,25 @@ def _carry(source: Path, target: Path) -> dict[str, Any]:
 Parts = list[tuple[Tensor, Any, int | None]]
 
 
-def _stored(model: Transformer, params: Mapping[str, Any]) -> dict[str, Parts]:
+def _stored(model: Any, params: Mapping[str, Any]) -> dict[str, Parts]:
     """Returns name -> (tensor, parameter, layer) of each part of each stored tensor."""
     config = model.config
-    names = family_of(config.family).tensors(config)
+    family = family_of(config.family)
+    names = family.tensors(config)
+    if not family.has_head(config):
+        names = family.without_prefix(names)
     found: dict[str, Parts] = {}
 
-    def visit(path: str, parameter: parameters.Parameter, stacked: bool) -> None:
+    def visit(path: str, parameter: parameters.Parameter, layers: int) -> None:
         leaf: Any = params
         for key in path.split("/"):
             leaf = leaf[key]
-        expected = ((config.n_layers,) if stacked else ()) + parameter.shape
+        expected = ((layers,) if layers else ()) + parameter.shape
         if leaf.shape != expected:
             raise ValueError(f"parameter {path} has shape {leaf.shape}, the model {expected}")
-        for layer in range(config.n_layers) if stacked else (None,):
-            name = names[path].name.format(layer=layer)
-            found.setdefault(name, []).append((names[path], leaf, layer))
+        tensor = names[path]
+        for layer in range(tensor.first_layer, layers) if layers else (None,):
+            found.setdefault(tensor.name.format(layer=layer), []).append((tensor, leaf, layer))
 
     parameters.map_table(config, visit)
     return found
