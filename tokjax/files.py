@@ -11,6 +11,12 @@ from tokjax.errors import StorageError
 WORKDIR_REMEDY = "Free space or choose a writable workdir; everything written before is intact."
 
 
+def cache_directory() -> Path:
+    """Returns `$TOKJAX_CACHE`, or `~/.cache/tokjax`; the directory need not exist yet."""
+    named = os.environ.get("TOKJAX_CACHE", "").strip()
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "tokjax"
+
+
 @contextlib.contextmanager
 def storage_errors(
     path: str | os.PathLike[str], doing: str = "write", remedy: str = WORKDIR_REMEDY

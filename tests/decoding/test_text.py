@@ -98,12 +98,12 @@ def test_a_leading_space_of_the_continuation_is_kept(params):
         def _encode_raw(self, texts, prefix):
             return [list((" " * prefix + text).encode()) for text in texts]
 
-    from tokjax.decoding.text import _continuation
+    from tokjax.decoding.text import continuation
 
     tokenizer = DropsFirstSpace()
     prompt = tokenizer.encode("Once")
     assert tokenizer.decode(prompt) == "Once"
-    assert _continuation(tokenizer, prompt, list(b" upon")) == " upon"
+    assert continuation(tokenizer, prompt, list(b" upon")) == " upon"
 
 
 def test_impossible_prompts_are_refused_early():

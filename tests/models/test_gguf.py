@@ -315,6 +315,8 @@ def test_files_that_are_something_else(tmp_path):
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60), "damaged"),
+        (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"k", 77), "'k' has the unknown type 77"),
+        (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 9, 1), "the unknown type 9"),
     ):
         file.write_bytes(data)
         with pytest.raises(CheckpointError, match=message):

@@ -83,6 +83,19 @@ def flip(path, where=None):
     path.write_bytes(content)
 
 
+def test_a_part_is_restored_alone_whatever_the_configuration(tmp_path):
+    state = make_state(3)
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, state, metadata={"a": 1})
+    with opened(tmp_path, identity={}, read_only=True) as checkpoints:
+        part = {"params": abstract(state)["params"]}
+        restored = checkpoints.restore(part, partial=True)
+        assert restored.step == 1 and restored.metadata == {"a": 1}
+        assert_same(restored.state, {"params": state["params"]})
+        with pytest.raises(CheckpointError, match="params/c: not in the checkpoint"):
+            checkpoints.restore({"params": {"c": part["params"]["w"]}}, partial=True)
+
+
 def test_everything_comes_back_bit_for_bit(tmp_path):
     state = make_state(5)
     state["params"]["w"] = state["params"]["w"].at[0].set(jnp.array([jnp.nan, -0.0, jnp.inf, 1]))

@@ -6,15 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tokjax.errors import StorageError
-from tokjax.files import storage_errors, write_atomically
+from tokjax.files import cache_directory, storage_errors, write_atomically
+
+__all__ = ["cache_directory", "cached_bytes", "exclusive", "storage_error", "write_file_atomically"]
 
 _REMEDY = "Free space there, or name another directory with the environment variable TOKJAX_CACHE."
-
-
-def cache_directory() -> Path:
-    """Returns `$TOKJAX_CACHE`, or `~/.cache/tokjax`; the directory need not exist yet."""
-    named = os.environ.get("TOKJAX_CACHE", "").strip()
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "tokjax"
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:

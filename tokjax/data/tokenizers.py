@@ -18,7 +18,12 @@ __all__ = [
     "sequence_ends",
 ]
 
-NAMES = ("bytes", "bpe", "sentencepiece", "huggingface")
+NAMES = ("bytes", "bpe", "sentencepiece", "huggingface", "gguf")
+_LOADED = {
+    "sentencepiece": ".model file",
+    "huggingface": "tokenizer.json or its folder",
+    "gguf": ".gguf file",
+}
 SMALLEST_BPE = 260  # 256 bytes, <|endoftext|>, and at least three merges
 
 
@@ -26,10 +31,9 @@ SMALLEST_BPE = 260  # 256 bytes, <|endoftext|>, and at least three merges
 class TokenizerConfig:
     """Which tokenizer, and what it puts around a sequence."""
 
-    name: str = (
-        "bpe"  # bytes, bpe (trained on `corpus`), sentencepiece or huggingface (from `path`)
-    )
-    path: str | None = None  # .model file; tokenizer.json or the folder that holds it
+    # bytes, bpe (trained on `corpus`), sentencepiece, huggingface or gguf (from `path`)
+    name: str = "bpe"
+    path: str | None = None  # .model file; tokenizer.json or the folder that holds it; .gguf file
     vocab_size: int = 8192  # ids of the bpe, the special one and the 256 bytes included
     corpus: str = "stdlib"  # text the bpe learns from: stdlib, a UTF-8 file, or a folder of .txt
     bos: str | None = None  # text of the begin token where the files do not name one
@@ -42,19 +46,16 @@ class TokenizerConfig:
     def __post_init__(self):
         if self.name not in NAMES:
             raise ConfigError(f"unknown tokenizer name {self.name!r}.{nearest(self.name, NAMES)}")
-        loaded = self.name in ("sentencepiece", "huggingface")
-        if loaded and not self.path:
-            wanted = (
-                ".model file" if self.name == "sentencepiece" else "tokenizer.json or its folder"
-            )
+        if self.name in _LOADED and not self.path:
+            wanted = _LOADED[self.name]
             raise ConfigError(f"tokenizer {self.name!r} needs tokenizer.path: the {wanted}.")
-        if not loaded:
+        if self.name not in _LOADED:
             for field in ("path", "bos", "eos", "pad"):
                 if getattr(self, field):
                     raise ConfigError(
                         f"tokenizer.{field}={getattr(self, field)!r} has no meaning for the "
-                        f"tokenizer {self.name!r}; leave it out, or name sentencepiece or "
-                        "huggingface."
+                        f"tokenizer {self.name!r}; leave it out, or name sentencepiece, "
+                        "huggingface or gguf."
                     )
         if self.name == "bpe" and not SMALLEST_BPE <= self.vocab_size <= 1 << 20:
             raise ConfigError(
@@ -88,6 +89,10 @@ def build_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
         from tokjax.data.sentencepiece_tokenizer import read_sentencepiece
 
         tokenizer = read_sentencepiece(config)
+    elif config.name == "gguf":
+        from tokjax.data.gguf_tokenizer import read_gguf_tokenizer
+
+        tokenizer = read_gguf_tokenizer(Path(config.path or "").expanduser(), config)
     else:
         from tokjax.data.huggingface_tokenizer import read_huggingface
 

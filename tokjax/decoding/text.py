@@ -85,6 +85,44 @@ def generate_text(
         return []
     if stop_ids is None:
         stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    encoded = encode_prompts(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, add_bos=add_bos
+    )
+    generation = decode(
+        model,
+        params,
+        encoded,
+        max_new_tokens=max_new_tokens,
+        transform=sampling_transform(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        ),
+        sampler=categorical(),
+        stop=on_tokens(stop_ids),
+        key=jax.random.key(seed),
+    )
+    return [
+        continuation(tokenizer, ids[:length].tolist(), new)
+        for ids, length, new in zip(encoded.tokens, encoded.lengths, generation.rows(), strict=True)
+    ]
+
+
+def sampling_transform(
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> transforms.Transform:
+    """Returns the usual changes to logits in their usual order; see `generate_text`.
+
+    Raises:
+        ConfigError: a setting is impossible.
+    """
     # A transform that is off is left out: it would cost time at every token.
     steps = [transforms.temperature(temperature)]
     if repetition_penalty != 1:
@@ -95,26 +133,13 @@ def generate_text(
         steps.append(transforms.top_p(top_p))
     if min_p != 0:
         steps.append(transforms.min_p(min_p))
-    encoded = encode_prompts(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, add_bos=add_bos
-    )
-    generation = decode(
-        model,
-        params,
-        encoded,
-        max_new_tokens=max_new_tokens,
-        transform=transforms.chain(*steps),
-        sampler=categorical(),
-        stop=on_tokens(stop_ids),
-        key=jax.random.key(seed),
-    )
-    return [
-        _continuation(tokenizer, ids[:length].tolist(), new)
-        for ids, length, new in zip(encoded.tokens, encoded.lengths, generation.rows(), strict=True)
-    ]
+    return transforms.chain(*steps)
 
 
-def _continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
-    # Decoded together with its prompt, because a tokenizer may drop the space a text begins with.
+def continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
+    """Returns the text that new ids add to a prompt's.
+
+    They are decoded together, because a tokenizer may drop the space a text begins with.
+    """
     before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])
     return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(new)

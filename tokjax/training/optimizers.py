@@ -182,10 +182,10 @@ class Muon:
             "vectors": optax.adam(*rest),
         }
 
-        def label(path: str, p: parameters.Parameter, stacked: bool) -> str:
+        def label(path: str, p: parameters.Parameter, layers: int) -> str:
             if len(p.shape) < 2:
                 return "vectors"
-            return "muon" if stacked else "tables"
+            return "muon" if layers else "tables"
 
         return optax.partition(transforms, parameters.map_table(config, label))
 

@@ -1,0 +1,431 @@
+"""The front door: a model, its parameters and its tokenizer in one frozen bundle.
+
+    lm = tokjax.load("smollm2-135m")
+    lm.score(["The capital of Japan is Tokyo"]).table()
+    lm.generate(["The capital of Japan is"], max_new_tokens=20).texts
+
+Everything here is a few lines over the functions of `tokjax.models`, `tokjax.signals` and
+`tokjax.decoding`, which take `lm.model`, `lm.params` and `lm.tokenizer` as they are.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from tokjax.data.tokenizers import Tokenizer, TokenizerConfig
+from tokjax.decoding.engine import decode
+from tokjax.decoding.prompts import Prompts, bucket
+from tokjax.decoding.samplers import categorical
+from tokjax.decoding.stops import on_tokens
+from tokjax.decoding.text import continuation, sampling_transform
+from tokjax.errors import ConfigError
+from tokjax.models import checkpoints, huggingface
+from tokjax.models.config import with_dtypes
+from tokjax.models.transformer import Transformer
+from tokjax.scores import Scores
+from tokjax.signals.token_stats import TokenStats, token_stats
+from tokjax.training.run_facts import RUN_FILE
+
+_WANTED = ("nll", "logprob", "entropy", "rank", "top_k")
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """Continuations of prompts, without the prompts. N is the longest one.
+
+    Slots from a row's length on hold zeros and mean nothing.
+
+    Attributes:
+        texts: the continuations.
+        tokens: ids, the one that stopped the row included.
+        lengths: number of new tokens of each row.
+        stopped: rows that a stop ended; the others were cut at `max_new_tokens`.
+        logprobs: the model's log-probability of each token at temperature 1, before any setting.
+        entropies: of the model's distribution at temperature 1, in nats.
+    """
+
+    texts: list[str]
+    tokens: Int[np.ndarray, "B N"] = field(repr=False)
+    lengths: Int[np.ndarray, "B"]
+    stopped: Bool[np.ndarray, "B"]
+    logprobs: Float[np.ndarray, "B N"] = field(repr=False)
+    entropies: Float[np.ndarray, "B N"] = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LanguageModel:
+    """A language model ready for use; see `load`.
+
+    Attributes:
+        model: the pure functions.
+        params: its parameters, stacked over layers.
+        tokenizer: between text and ids.
+        add_bos: whether the model expects the BOS id before every text.
+    """
+
+    model: Transformer
+    params: Mapping[str, Any]
+    tokenizer: Tokenizer
+    add_bos: bool = True
+
+    def __repr__(self) -> str:
+        config, count = self.model.config, sum(p.size for p in jax.tree.leaves(self.params))
+        return (
+            f"LanguageModel({config.family}, {count:,} parameters in {config.param_dtype}, "
+            f"{config.n_layers} layers of width {config.d_model}, {self.tokenizer.title}, "
+            f"add_bos={self.add_bos})"
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text as the model expects it, BOS included.
+
+        Raises:
+            DataError: the tokenizer cannot hold the text exactly.
+        """
+        return [*self._before, *self.tokenizer.encode(text)]
+
+    def logits(self, tokens: Int[Array, "B T"] | Sequence[Sequence[int]]) -> Float[Array, "B T V"]:
+        """Returns the logits of the token behind each position.
+
+        Args:
+            tokens: ids; rows are of one length.
+        """
+        return _logits(self.model, self.params, jnp.asarray(tokens, jnp.int32))
+
+    def score(self, texts: Sequence[str], *, top_k: int = 5, batch_size: int = 16) -> Scores:
+        """Returns how the model predicts each token of the texts.
+
+        Args:
+            texts: special tokens spelled out in them are plain text.
+            top_k: how many of the likeliest tokens are kept at each place.
+            batch_size: texts that are computed at a time.
+
+        Raises:
+            ConfigError: there is no text, or one is longer than the model's positions.
+            DataError: the tokenizer cannot hold a text exactly.
+        """
+        _check_list(texts, "texts")
+        before = self._before
+        ids, offsets = [], []
+        for i, text in enumerate(texts):
+            own, ranges = self.tokenizer.encode_with_offsets(text)
+            ids.append([*before, *own])
+            offsets.append((*((0, 0) for _ in before), *ranges))
+            if len(ids[-1]) > self.model.config.max_positions:
+                raise ConfigError(
+                    f"text {i} has {len(ids[-1])} tokens, but the model has max_positions="
+                    f"{self.model.config.max_positions}: shorten or cut it"
+                )
+        lengths = np.array([len(row) for row in ids], np.int32)
+        tokens = np.zeros((len(ids), bucket(int(lengths.max()))), np.int32)
+        for b, row in enumerate(ids):
+            tokens[b, : len(row)] = row
+        size = min(batch_size, len(ids))
+        found = []
+        for first in range(0, len(ids), size):
+            some, limits = tokens[first : first + size], lengths[first : first + size]
+            fill = size - len(some)  # rows of no length, so that every batch runs one program
+            width = bucket(max(2, int(limits.max())))
+            some = np.pad(some, ((0, fill), (0, max(0, width - some.shape[1]))))[:, :width]
+            limits = np.pad(limits, (0, fill))
+            stats = jax.device_get(_score(self.model, self.params, some, limits, top_k))
+            found.append(jax.tree.map(lambda a, n=size - fill: a[:n], stats))
+        longest = int(lengths.max())
+        positions = np.arange(longest)
+        return Scores(
+            texts=tuple(texts),
+            tokens=tokens[:, :longest],
+            lengths=lengths,
+            offsets=tuple(offsets),
+            mask=(positions > 0) & (positions < lengths[:, None]),
+            stats=_joined(found, lengths, longest),
+            tokenizer=self.tokenizer,
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: Iterable[int | str] | None = None,
+    ) -> Generated:
+        """Returns continuations of the prompts; the same arguments give the same ones.
+
+        Args:
+            prompts: texts (special tokens spelled out in them are plain text), or ids, which are
+                taken as they are: see `chat`.
+            max_new_tokens: most tokens of a continuation.
+            temperature: 0 takes the likeliest token, 1 draws as the model predicts.
+            top_k: how many of the likeliest tokens may be drawn; 0 means all.
+            top_p: probability mass of the likeliest tokens that may be drawn; 1 means all.
+            min_p: least probability of a drawn token over that of the likeliest; 0 means any.
+            repetition_penalty: 1 means none.
+            seed: of all randomness.
+            stop: tokens that end a row, ids or texts of one token each; default the EOS token.
+
+        Raises:
+            ConfigError: a setting is impossible, there is no prompt, one is empty and the model
+                expects no BOS, or prompt and new tokens exceed the model's positions.
+            DataError: the tokenizer cannot hold a prompt exactly.
+        """
+        _check_list(prompts, "prompts")
+        ids = [self.encode(p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+        generation = decode(
+            self.model,
+            self.params,
+            Prompts.of(ids),
+            max_new_tokens=max_new_tokens,
+            transform=sampling_transform(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+            ),
+            sampler=categorical(),
+            stop=on_tokens(self._stop_ids(stop)),
+            key=jax.random.key(seed),
+        )
+        found = jax.device_get(generation)
+        longest = int(found.lengths.max())
+        rows = [row[:n].tolist() for row, n in zip(found.tokens, found.lengths, strict=True)]
+        return Generated(
+            texts=[continuation(self.tokenizer, p, n) for p, n in zip(ids, rows, strict=True)],
+            tokens=found.tokens[:, :longest],
+            lengths=found.lengths,
+            stopped=found.stopped,
+            logprobs=found.logprobs[:, :longest],
+            entropies=found.entropies[:, :longest],
+        )
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, template: str | None = None
+    ) -> list[int]:
+        """Returns the ids of a chat up to where the assistant speaks: a prompt for `generate`.
+
+        Args:
+            messages: mappings with `role` and `content`; special tokens spelled out in a content
+                are plain text.
+            template: the name of a built-in template, a .jinja file or its source; default the
+                one that came with the tokenizer.
+
+        Raises:
+            ConfigError: no template came with the tokenizer, or this one is no valid Jinja2.
+            DataError: a message is malformed, or the template refuses it.
+        """
+        from tokjax.data.chat import chat_template, encode_rendered
+
+        if template is None and self.tokenizer.chat_template is None:
+            raise ConfigError(
+                "no chat template came with this model's tokenizer: give template='chatml', a "
+                ".jinja file, or Jinja2 source"
+            )
+        rendered = chat_template(self.tokenizer, template).render(
+            messages, add_generation_prompt=True
+        )
+        return encode_rendered(self.tokenizer, rendered)[0]
+
+    def save(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Writes the model and its tokenizer as a Hugging Face checkpoint, which `load` reads.
+
+        Args:
+            folder: where; it appears whole or not at all.
+            overwrite: replace a folder that holds something already.
+
+        Raises:
+            ConfigError: no family of checkpoints can express the model.
+            StorageError: the folder is not empty, or cannot be written.
+        """
+        tokenizer = self.tokenizer
+        names = {i: text for text, i in tokenizer.special_tokens.items()}
+        ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+        settings: dict[str, Any] = {
+            f"{role}_token": names[i] for role, i in ids.items() if i in names
+        }
+        settings |= {"add_bos_token": self.add_bos, "tokenizer_class": "PreTrainedTokenizerFast"}
+        if tokenizer.chat_template is not None:
+            settings["chat_template"] = tokenizer.chat_template
+        with tempfile.TemporaryDirectory() as temporary:
+            tokenizer.save(Path(temporary))
+            for name, content in (
+                ("tokenizer_config.json", settings),
+                ("config.json", {f"{role}_token_id": i for role, i in ids.items()}),
+            ):
+                (Path(temporary) / name).write_text(json.dumps(content, indent=2) + "\n")
+            huggingface.save(folder, self.model, self.params, source=temporary, overwrite=overwrite)
+
+    @property
+    def _before(self) -> list[int]:
+        bos = self.tokenizer.bos_id
+        return [bos] if self.add_bos and bos is not None else []
+
+    def _stop_ids(self, stop: Iterable[int | str] | None) -> list[int]:
+        if stop is None:
+            return [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+        if isinstance(stop, str):
+            raise ConfigError(f"stop={stop!r} must be a list of ids or texts")
+        return [s if isinstance(s, int) else self._one_token(s) for s in stop]
+
+    def _one_token(self, text: str) -> int:
+        if text in self.tokenizer.special_tokens:
+            return self.tokenizer.special_tokens[text]
+        ids = self.tokenizer.encode(text)
+        if len(ids) != 1:
+            raise ConfigError(
+                f"stop={text!r} is {len(ids)} tokens, but a row is ended by one: give a text of "
+                f"one token, a special token or an id"
+            )
+        return ids[0]
+
+
+def load(
+    path_or_name: str | os.PathLike, *, mesh: Mesh | None = None, dtype: str | None = None
+) -> LanguageModel:
+    """Returns a language model with its tokenizer.
+
+    Args:
+        path_or_name: the workdir of a training run; a folder in Hugging Face's form; a GGUF file,
+            or a folder with one; the name of a known model ("smollm2-135m", "gemma3-270m"); or an
+            id on the hub (needs the extra `hub`).
+        mesh: devices to lay the parameters out on; default the first device.
+        dtype: of the parameters, `float32`, `bfloat16` or `float16`; default as stored, float32
+            where they are quantised. The model computes in bfloat16 where its parameters are, else
+            in float32.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or the model is not installed (the message
+            says how to install it).
+        ConfigError: the model or its tokenizer is not supported, or it is no language model.
+    """
+    path = Path(path_or_name).expanduser()
+    if (path / RUN_FILE).is_file():
+        return _from_run(path, mesh, dtype)
+    found = checkpoints.find(path_or_name)
+    if found.is_file():
+        from tokjax.data.gguf_tokenizer import adds_bos, read_gguf_tokenizer
+        from tokjax.gguf_file import read_gguf
+
+        file = read_gguf(found)
+        tokenizer, add_bos = read_gguf_tokenizer(file), adds_bos(file)
+    else:
+        tokenizer, add_bos = _folder_tokenizer(found)
+    model, params = checkpoints.load(found, mesh=mesh, dtype=dtype)
+    if not isinstance(model, Transformer) or not model.config.causal:
+        raise ConfigError(
+            f"{path_or_name} holds a model of the kind {type(model).__name__}, which continues no "
+            f"text: load it by tokjax.models.load"
+        )
+    return LanguageModel(model, params, tokenizer, add_bos)
+
+
+def _from_run(workdir: Path, mesh: Mesh | None, dtype: str | None) -> LanguageModel:
+    from tokjax.training.trained import load_trained
+
+    found = load_trained(workdir, mesh=mesh)
+    model, params = found.model, found.params
+    if dtype is not None:
+        compute = "bfloat16" if dtype == "bfloat16" else "float32"
+        model = Transformer(with_dtypes(model.config, dtype, compute))
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
+    return LanguageModel(model, params, found.tokenizer, found.add_bos)
+
+
+def _folder_tokenizer(folder: Path) -> tuple[Tokenizer, bool]:
+    """Returns the tokenizer of a checkpoint's folder, and whether it begins texts with BOS."""
+    models = sorted(folder.glob("*.model"))
+    if (folder / "tokjax_tokenizer.json").is_file():
+        tokenizer = Tokenizer.load(folder)
+    elif (folder / "tokenizer.json").is_file():
+        from tokjax.data.huggingface_tokenizer import read_huggingface
+
+        tokenizer = read_huggingface(TokenizerConfig(name="huggingface", path=str(folder)))
+    elif models:
+        from tokjax.data.sentencepiece_tokenizer import read_sentencepiece
+
+        tokenizer = read_sentencepiece(TokenizerConfig(name="sentencepiece", path=str(models[0])))
+    else:
+        raise ConfigError(
+            f"{folder} has no tokenizer (tokenizer.json or a .model file): copy it there, or load "
+            f"the model alone by tokjax.models.load"
+        )
+    add_bos = _json(folder / "tokenizer_config.json").get("add_bos_token")
+    if isinstance(add_bos, bool):
+        return tokenizer, add_bos
+    spec = _json(folder / "tokenizer.json")
+    return tokenizer, _writes_bos(spec, tokenizer) if spec else bool(models)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _writes_bos(spec: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
+    """Returns whether a tokenizer.json's template puts the BOS token before a text."""
+    processor = spec.get("post_processor") or {}
+    for part in processor.get("processors") or [processor]:
+        first = next(iter(part.get("single") or []), {}).get("SpecialToken", {}).get("id")
+        if first is not None and tokenizer.special_tokens.get(first) == tokenizer.bos_id:
+            return True
+    return False
+
+
+def _check_list(given: Any, name: str) -> None:
+    if isinstance(given, str) or not len(given):
+        raise ConfigError(f"{name} must be a list of one or more, not {given!r}")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: Transformer, params: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    return model(params, tokens)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _score(
+    model: Transformer, params: Any, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], k: int
+) -> TokenStats:
+    """Returns statistics of the tokens from the second on, [B, T - 1]."""
+    x = model.backbone(params, model.embed(params, tokens)).x
+    mask = jnp.arange(1, tokens.shape[1]) < lengths[:, None]
+    return token_stats(x[:, :-1], model.head(params), tokens[:, 1:], want=_WANTED, k=k, mask=mask)
+
+
+def _joined(batches: list[TokenStats], lengths: np.ndarray, longest: int) -> TokenStats:
+    """Returns the statistics of all batches, [B, longest], NaN or -1 where nothing is predicted."""
+    fields = {}
+    for name in (f.name for f in dataclasses.fields(TokenStats)):
+        parts = [getattr(batch, name) for batch in batches]
+        if parts[0] is None:
+            continue
+        nothing = np.nan if np.issubdtype(parts[0].dtype, np.floating) else -1
+        shape = (len(lengths), longest, *parts[0].shape[2:])
+        whole = np.full(shape, nothing, parts[0].dtype)
+        first = 0
+        for part in parts:
+            for row in part:
+                n = int(lengths[first])
+                whole[first, 1:n] = row[: max(n - 1, 0)]
+                first += 1
+        fields[name] = whole
+    return TokenStats(**fields)
