@@ -165,6 +165,7 @@ class LanguageModel:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int = 0,
+        seeds: Sequence[int] | None = None,
         stop: Iterable[int | str] | None = None,
     ) -> Generated:
         """Returns continuations of the prompts; the same arguments give the same ones.
@@ -179,6 +180,8 @@ class LanguageModel:
             min_p: least probability of a drawn token over that of the likeliest; 0 means any.
             repetition_penalty: 1 means none.
             seed: of all randomness.
+            seeds: one for each prompt, 0 to 2^32 - 1, instead of `seed`: a row's text then does not
+                depend on its place.
             stop: tokens that end a row, ids or texts of one token each; default the EOS token.
 
         Raises:
@@ -202,7 +205,8 @@ class LanguageModel:
             ),
             sampler=categorical(),
             stop=on_tokens(self._stop_ids(stop)),
-            key=jax.random.key(seed),
+            key=jax.random.key(seed) if seeds is None else None,
+            seeds=seeds,
         )
         found = jax.device_get(generation)
         longest = int(found.lengths.max())
