@@ -159,19 +159,29 @@ def test_settings_reach_the_sampler(lm):
     assert len(set(never.tokens[0])) == n
 
 
-def test_stops_are_ids_or_texts_of_one_token(lm):
-    free = lm.generate(["ab"], max_new_tokens=12, stop=[])
-    row = free.tokens[0].tolist()
-    last = row[5]
-    first = row.index(last) + 1
-    for stop in ([last], [lm.tokenizer.token_text(last)] if last < 128 else [last]):
-        found = lm.generate(["ab"], max_new_tokens=12, stop=stop)
-        assert found.lengths.tolist() == [first] and found.stopped.all()
-        assert found.tokens[0].tolist() == row[:first]
-    with pytest.raises(ConfigError, match="'two' is 3 tokens"):
-        lm.generate(["ab"], stop=["two"])
-    with pytest.raises(ConfigError, match="must be a list"):
+def test_stops_are_ids_special_tokens_or_texts(lm):
+    def generate(stop):
+        return lm.generate(["ab"], max_new_tokens=64, temperature=1.0, seed=3, stop=stop)
+
+    free = generate([])
+    (tokens,), (text,) = free.tokens.tolist(), free.texts
+    found = generate([tokens[5]])
+    first = tokens.index(tokens[5]) + 1
+    assert found.lengths.tolist() == [first] and found.stopped.all()
+    # Two bytes of ASCII one behind the other: a random model writes few whole characters.
+    at = next(i for i in range(8, 62) if max(tokens[i : i + 2]) < 128)
+    wanted = bytes(tokens[at : at + 2])
+    found = generate([wanted.decode(), "never written"])
+    assert found.stopped.all()
+    assert found.texts == [text.split(wanted.decode())[0]]
+    assert found.lengths[0] == bytes(t for t in tokens if t < 256).index(wanted) + 2
+    assert generate(["never written"]).texts == free.texts
+    special = next(iter(lm.tokenizer.special_tokens))
+    assert generate([special]).lengths[0] > 0
+    with pytest.raises(ConfigError, match="stop='a' must be a list"):
         lm.generate(["ab"], stop="a")
+    with pytest.raises(ConfigError, match="empty"):
+        lm.generate(["ab"], stop=[""])
 
 
 @pytest.mark.parametrize("given", ["a text", []])

@@ -33,6 +33,7 @@ FLAGS = {
     "top_p": cli.FlagSpec("probability mass that may be drawn from", float, 1.0),
     "min_p": cli.FlagSpec("least probability over that of the likeliest token", float, 0.0),
     "repetition_penalty": cli.FlagSpec("1: none", float, 1.0),
+    "stop": cli.FlagSpec("text that ends a text; default the EOS token alone", str | None),
     "seed": cli.FlagSpec("of all randomness", int, 0),
     "batch_size": cli.FlagSpec("texts written at a time", int, 8),
     "dtype": cli.FlagSpec("of the parameters; default as stored", str | None),
@@ -128,7 +129,7 @@ def _check(args: cli.Arguments) -> None:
 
 def _digest(args: cli.Arguments, prompts: Sequence[Any]) -> str:
     """Returns what two runs that write into one file must share."""
-    names = ("model", "dtype", "seed", "samples", *_SETTINGS)
+    names = ("model", "dtype", "seed", "samples", "stop", *_SETTINGS)
     told = [{name: args[name] for name in names}, prompts]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -202,6 +203,7 @@ def _written(
         found = lm.generate(
             [*prompts, *prompts[:1] * fill],
             seeds=[*seeds, *seeds[:1] * fill],
+            stop=None if args["stop"] is None else [*_eos(lm), args["stop"]],
             **{name: args[name] for name in _SETTINGS},
         )
         rows = []
@@ -219,6 +221,10 @@ def _written(
                 )
             )
         yield rows
+
+
+def _eos(lm: Any) -> list[int]:
+    return [] if lm.tokenizer.eos_id is None else [lm.tokenizer.eos_id]
 
 
 def _seed(seed: int, job: _Job) -> int:

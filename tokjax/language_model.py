@@ -28,7 +28,8 @@ from tokjax.data.tokenizers import Tokenizer, TokenizerConfig
 from tokjax.decoding.engine import decode
 from tokjax.decoding.prompts import Prompts, bucket
 from tokjax.decoding.samplers import categorical
-from tokjax.decoding.stops import on_tokens
+from tokjax.decoding.stop_texts import TokenBytes, on_texts
+from tokjax.decoding.stops import Stop, any_of, on_tokens
 from tokjax.decoding.text import continuation, sampling_transform
 from tokjax.errors import ConfigError
 from tokjax.models import checkpoints, huggingface
@@ -182,7 +183,8 @@ class LanguageModel:
             seed: of all randomness.
             seeds: one for each prompt, 0 to 2^32 - 1, instead of `seed`: a row's text then does not
                 depend on its place.
-            stop: tokens that end a row, ids or texts of one token each; default the EOS token.
+            stop: ids, special tokens or texts that end a row; default the EOS token. A text ends
+                before it, its tokens are kept.
 
         Raises:
             ConfigError: a setting is impossible, there is no prompt, one is empty and the model
@@ -191,6 +193,7 @@ class LanguageModel:
         """
         _check_list(prompts, "prompts")
         ids = [self.encode(p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+        stops, ends = self._stop(stop)
         generation = decode(
             self.model,
             self.params,
@@ -204,15 +207,16 @@ class LanguageModel:
                 repetition_penalty=repetition_penalty,
             ),
             sampler=categorical(),
-            stop=on_tokens(self._stop_ids(stop)),
+            stop=stops,
             key=jax.random.key(seed) if seeds is None else None,
             seeds=seeds,
         )
         found = jax.device_get(generation)
         longest = int(found.lengths.max())
         rows = [row[:n].tolist() for row, n in zip(found.tokens, found.lengths, strict=True)]
+        texts = [continuation(self.tokenizer, p, n) for p, n in zip(ids, rows, strict=True)]
         return Generated(
-            texts=[continuation(self.tokenizer, p, n) for p, n in zip(ids, rows, strict=True)],
+            texts=[min((t.split(end)[0] for end in ends), key=len, default=t) for t in texts],
             tokens=found.tokens[:, :longest],
             lengths=found.lengths,
             stopped=found.stopped,
@@ -281,23 +285,25 @@ class LanguageModel:
         bos = self.tokenizer.bos_id
         return [bos] if self.add_bos and bos is not None else []
 
-    def _stop_ids(self, stop: Iterable[int | str] | None) -> list[int]:
+    @functools.cached_property
+    def _token_bytes(self) -> TokenBytes:
+        known, size = self.tokenizer.vocab_size, self.model.config.vocabulary
+        return TokenBytes.of(
+            [self.tokenizer.token_bytes(i) if i < known else b"" for i in range(size)]
+        )
+
+    def _stop(self, stop: Iterable[int | str] | None) -> tuple[Stop, list[str]]:
+        """Returns the stop, and the texts among what was given."""
         if stop is None:
-            return [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+            return on_tokens([] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]), []
         if isinstance(stop, str):
             raise ConfigError(f"stop={stop!r} must be a list of ids or texts")
-        return [s if isinstance(s, int) else self._one_token(s) for s in stop]
-
-    def _one_token(self, text: str) -> int:
-        if text in self.tokenizer.special_tokens:
-            return self.tokenizer.special_tokens[text]
-        ids = self.tokenizer.encode(text)
-        if len(ids) != 1:
-            raise ConfigError(
-                f"stop={text!r} is {len(ids)} tokens, but a row is ended by one: give a text of "
-                f"one token, a special token or an id"
-            )
-        return ids[0]
+        special, given = self.tokenizer.special_tokens, list(stop)
+        texts = [s for s in given if isinstance(s, str) and s not in special]
+        ids = [special[s] if isinstance(s, str) else s for s in given if s not in texts]
+        if not texts:
+            return on_tokens(ids), []
+        return any_of(on_tokens(ids), on_texts(texts, self._token_bytes)), texts
 
 
 def load(
