@@ -363,3 +363,23 @@ def test_buckets_are_few_and_waste_at_most_a_quarter():
     assert all(n <= size <= max(16, n + 15, 1.25 * n) for n, size in enumerate(sizes, 1))
     assert len(set(sizes)) < 32
     assert all(bucket(size) == size for size in sizes)
+
+
+def test_samples_of_a_prompt_are_those_of_the_prompt_repeated(params):
+    rows = [[3, 1, 4, 1, 5], [9, 2]]
+    common = {"max_new_tokens": 9, "sampler": categorical()}
+    several = decode(MODEL, params, Prompts.of(rows), samples=3, seeds=range(6), **common)
+    repeated = Prompts.of([row for row in rows for _ in range(3)])
+    expected = decode(MODEL, params, repeated, seeds=range(6), **common)
+    assert several.rows() == expected.rows()
+    assert len({tuple(row) for row in several.rows()}) > 3
+    np.testing.assert_allclose(several.logprobs, expected.logprobs, rtol=1e-4, atol=1e-5)
+    limited = decode(MODEL, params, Prompts.of(rows), samples=2, max_new_tokens=np.array([4, 7]))
+    assert limited.lengths.tolist() == [4, 4, 7, 7]
+
+
+def test_impossible_samples_are_refused(params):
+    with pytest.raises(ConfigError, match="samples=0"):
+        decode(MODEL, params, Prompts.of([[1]]), samples=0, max_new_tokens=2)
+    with pytest.raises(ConfigError, match="seeds must be 4 integers"):
+        decode(MODEL, params, Prompts.of([[1], [2]]), samples=2, max_new_tokens=2, seeds=[1, 2])

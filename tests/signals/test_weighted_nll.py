@@ -222,7 +222,7 @@ def test_chunks_cover_every_token_once():
 
 
 def test_chunk_size_is_bounded_by_tokens_and_from_below():
-    assert vocabulary.chunk_size(8192, 10**6) == 256
+    assert vocabulary.chunk_size(8192, 10**6) == 512
     assert vocabulary.chunk_size(150_000, 10**6) == 256
-    assert vocabulary.chunk_size(1024, 10**6) == 2048
+    assert vocabulary.chunk_size(1024, 10**6) == 4096
     assert vocabulary.chunk_size(1024, 24) == 24

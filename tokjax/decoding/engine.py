@@ -74,6 +74,7 @@ def decode(
     prompts: Prompts,
     *,
     max_new_tokens: Any,
+    samples: int = 1,
     transform: Transform | None = None,
     sampler: Sampler | None = None,
     stop: Stop | None = None,
@@ -92,11 +93,13 @@ def decode(
         params: the model's parameters; stacked ones are unstacked in every call, which takes
             their memory a second time while it lasts.
         prompts: what to continue.
-        max_new_tokens: one number, or one for each row.
+        max_new_tokens: one number, or one for each prompt.
+        samples: continuations of each prompt; they share the pass over the prompt, and their rows
+            are neighbours: row b * samples + i is the i-th of prompt b.
         transform: of the logits, for example `chain(temperature(0.8), top_p(0.95))`; default none.
         sampler: default greedy.
         stop: what ends a row besides `max_new_tokens`; default nothing.
-        seeds: one integer for each row, 0 to 2^32 - 1; equal seed, prompt and settings give
+        seeds: one integer for each row (so samples for each prompt), 0 to 2^32 - 1; equal seed, prompt and settings give
             equal text.
         key: a random key from which each row's own is derived, instead of seeds.
 
@@ -108,10 +111,17 @@ def decode(
     predictor = as_predictor(model)
     sampler = greedy() if sampler is None else sampler
     prompts, limits = check_prompts(predictor, prompts, max_new_tokens)
+    check = getattr(predictor, "check", None)
+    if check is not None:
+        check(params, prompts, limits)
+    if samples < 1:
+        raise ConfigError(f"samples={samples} must be at least 1")
+    limits = np.repeat(limits, samples)
     width = bucket(int(np.max(limits)))
     return _run(
         predictor,
         width,
+        samples,
         params,
         prompts,
         chain() if transform is None else transform,
@@ -193,11 +203,16 @@ _keys_from_seeds = jax.jit(jax.vmap(jax.random.key))
 _keys_from_key = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(predictor, width, params, prompts, transform, sampler, stop, keys, limits) -> Generation:
-    B, P = prompts.tokens.shape
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    predictor, width, samples, params, prompts, transform, sampler, stop, keys, limits
+) -> Generation:
     prepared = predictor.prepare(params)
-    state, out = predictor.init(prepared, prompts, P + width)
+    state, out = predictor.init(prepared, prompts, prompts.tokens.shape[1] + width)
+    if samples > 1:
+        each = lambda a: jnp.repeat(a, samples, axis=0)  # noqa: E731
+        state, out, prompts = jax.tree.map(each, (state, out, prompts))
+    B = prompts.tokens.shape[0]
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
     empty = jnp.zeros((B, width), jnp.float32)
     nobody = jnp.zeros(B, bool)

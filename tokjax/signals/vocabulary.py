@@ -14,7 +14,7 @@ from tokjax.parallel.rules import BATCH_AXES, current_mesh_shape
 
 # A chunk's logits take 16 MB up to a vocabulary of 16,384: they stay in a CPU's last-level cache.
 # From there on 256 tokens, since smaller products would run below the matmul peak. (Half as many
-# logits cost 1.2 % of a training step of 29M parameters on two cores, twice as many gained nothing.)
+# logits cost 1.2 % of a training step of 29M parameters on 2 cores, twice as many gained nothing.)
 _CHUNK_LOGITS = 2**22
 _CHUNK_TOKENS = 256
 
