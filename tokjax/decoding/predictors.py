@@ -42,6 +42,9 @@ class StepOutput:
 class Predictor(Protocol):
     """Where logits come from. Rows must not depend on one another.
 
+    Each leaf of the state leads with an axis of rows (or several a row): `decode` repeats them for
+    a prompt's samples. A setting with a value for each prompt is then repeated by the predictor.
+
     One whose parameters must fit the prompts may also have `check(params, prompts, limits)`:
     `decode` calls it on the host, with each row's largest number of new tokens, before anything is
     compiled.
