@@ -99,8 +99,8 @@ def decode(
         transform: of the logits, for example `chain(temperature(0.8), top_p(0.95))`; default none.
         sampler: default greedy.
         stop: what ends a row besides `max_new_tokens`; default nothing.
-        seeds: one integer for each row (so samples for each prompt), 0 to 2^32 - 1; equal seed, prompt and settings give
-            equal text.
+        seeds: one integer for each row (so samples for each prompt), 0 to 2^32 - 1; equal seed,
+            prompt and settings give equal text.
         key: a random key from which each row's own is derived, instead of seeds.
 
     Raises:
