@@ -417,3 +417,31 @@ def test_smollm2_knows_the_capital_of_japan(real_data, tmp_path):
     assert again.model == lm.model
     same_params(again.params, lm.params)
     assert again.chat([{"role": "user", "content": "Japan's capital?"}]) == prompts[1]
+
+
+def test_strategies_by_name(lm):
+    def generate(**settings):
+        return lm.generate(["ab, c", "x"], max_new_tokens=6, **settings).tokens.tolist()
+
+    plain = generate()
+    assert generate(strategy="guided", weight=1.0) == plain
+    assert generate(strategy="guided", weight=4.0, negative="zz") != plain
+    assert generate(strategy="dola", layers=[0]) != plain
+    off = {"concept_threshold": 2.0, "punctuation_threshold": 2.0, "alpha": 1.0}
+    assert generate(strategy="layercake", **off) == plain
+    blocked = {"concept_layers": (0, 1), "punctuation_layers": (0, 1), "alpha": 0.0}
+    thresholds = {"concept_threshold": -1.0, "punctuation_threshold": -1.0, "plausibility": 0.0}
+    assert generate(strategy="layercake", **blocked, **thresholds) != plain
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "doal"}, "unknown strategy='doal'.*'dola'"),
+        ({"strategy": "dola", "layer": [0]}, "'dola' has no option 'layer'.*'layers'"),
+        ({"weight": 2.0}, "'sample' has no option 'weight'"),
+    ],
+)
+def test_strategies_that_do_not_exist_are_refused(lm, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        lm.generate(["ab"], **settings)

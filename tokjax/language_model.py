@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import strategies
 from tokjax.data.tokenizers import Tokenizer, TokenizerConfig
 from tokjax.decoding.engine import decode
 from tokjax.decoding.prompts import Prompts, bucket
@@ -53,8 +54,9 @@ class Generated:
         tokens: ids, the one that stopped the row included.
         lengths: number of new tokens of each row.
         stopped: rows that a stop ended; the others were cut at `max_new_tokens`.
-        logprobs: the model's log-probability of each token at temperature 1, before any setting.
-        entropies: of the model's distribution at temperature 1, in nats.
+        logprobs: log-probability of each token at temperature 1, before any setting, by what
+            the strategy predicts.
+        entropies: of that distribution, in nats.
     """
 
     texts: list[str]
@@ -168,6 +170,8 @@ class LanguageModel:
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         stop: Iterable[int | str] | None = None,
+        strategy: str = "sample",
+        **options: Any,
     ) -> Generated:
         """Returns continuations of the prompts; the same arguments give the same ones.
 
@@ -185,6 +189,11 @@ class LanguageModel:
                 depend on its place.
             stop: ids, special tokens or texts that end a row; default the EOS token. A text ends
                 before it, its tokens are kept.
+            strategy: whose predictions are sampled: the model's own (`sample`), or those of `dola`,
+                `layercake` or `guided` (classifier-free guidance).
+            options: of the strategy, such as `alpha` or `weight`; see the function of its name in
+                `tokjax.decoding.contrast`. LayerCake's token classes default to those of a
+                heuristic, `token_classes`; `negative` of `guided` may be a text.
 
         Raises:
             ConfigError: a setting is impossible, there is no prompt, one is empty and the model
@@ -194,9 +203,14 @@ class LanguageModel:
         _check_list(prompts, "prompts")
         ids = [self.encode(p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
         stops, ends = self._stop(stop)
+        if isinstance(options.get("negative"), str):
+            options["negative"] = self.encode(options["negative"])
+        predictor, params = strategies.build(
+            strategy, self.model, self.params, self.tokenizer, ids, options
+        )
         generation = decode(
-            self.model,
-            self.params,
+            predictor,
+            params,
             Prompts.of(ids),
             max_new_tokens=max_new_tokens,
             transform=sampling_transform(
