@@ -76,6 +76,9 @@ def _torch_worker(args, folder, pipe) -> None:
 
 
 def _tokjax_worker(args, folder, pipe) -> None:
+    from tokjax.training.memory import keep_freed_memory
+
+    keep_freed_memory()  # as python -m tokjax.train does
     import jax
     import jax.numpy as jnp
     import numpy as np

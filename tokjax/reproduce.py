@@ -18,6 +18,7 @@ from tokjax import cli, methods
 from tokjax.errors import PREEMPTED_EXIT_CODE, ConfigError
 from tokjax.methods_table import Family
 from tokjax.reproduction.plan import PLANS, ROOT, Scale, load_plan, plan_files
+from tokjax.training.memory import keep_freed_memory
 
 RECORDS = ROOT / "docs" / "reproductions"
 
@@ -149,4 +150,5 @@ def _print_list(slugs: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     cli.run(main)

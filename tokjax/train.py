@@ -16,6 +16,7 @@ from typing import NoReturn  # noqa: E402
 
 from tokjax import cli  # noqa: E402
 from tokjax.errors import PREEMPTED_EXIT_CODE  # noqa: E402
+from tokjax.training.memory import keep_freed_memory  # noqa: E402
 
 FLAGS = {
     "workdir": cli.FlagSpec("folder for checkpoints, curves and the report", str, required=True),
@@ -59,4 +60,5 @@ def _stop_before_training(number: int, frame: FrameType | None) -> NoReturn:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     cli.run(main)
