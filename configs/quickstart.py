@@ -2,13 +2,14 @@
 
     python -m tokjax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-`configs/quickstart.py:steps=40` makes a shorter run of it.
+On two CPU cores 4.5 minutes and a validation loss of 5.45 nats per token, where token frequencies
+alone give 6.11. `configs/quickstart.py:steps=40` makes a shorter run of it.
 """
 
 from ml_collections import ConfigDict
 
 
-def get_config(steps: int = 300) -> ConfigDict:
+def get_config(steps: int = 240) -> ConfigDict:
     """Returns a run of `steps` steps of 4,096 tokens."""
     return ConfigDict(
         dict(

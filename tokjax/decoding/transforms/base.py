@@ -33,13 +33,17 @@ class Transform(Protocol):
         ...
 
 
-class Stateless:
-    """A transform of logits alone; subclasses define `apply`."""
+class Memoryless:
+    """A transform that keeps nothing between tokens; subclasses define `update`."""
 
     def init(self, prompts: Prompts, vocab_size: int) -> tuple[()]:
         """Returns the empty state."""
         del prompts, vocab_size
         return ()
+
+
+class Stateless(Memoryless):
+    """A transform of logits alone; subclasses define `apply`."""
 
     def update(
         self, logits: Float[Array, "B V"], state: tuple[()], context: Context

@@ -9,8 +9,15 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from tokjax.decoding.context import Context
-from tokjax.decoding.prompts import Prompts, bucket
-from tokjax.decoding.transforms.base import Stateless, Transform, sequences, setting, slots
+from tokjax.decoding.prompts import bucket
+from tokjax.decoding.transforms.base import (
+    Memoryless,
+    Stateless,
+    Transform,
+    sequences,
+    setting,
+    slots,
+)
 from tokjax.errors import ConfigError
 
 _NO_ID = np.iinfo(np.int32).max  # beyond every vocabulary: what is done to it is dropped
@@ -50,14 +57,10 @@ def suppress(ids: Iterable[int]) -> Transform:
 
 
 @struct.dataclass
-class _SequenceBias:
+class _SequenceBias(Memoryless):
     ids: Any  # [S, n], each sequence's own from the right
     lengths: Any
     biases: Any
-
-    def init(self, prompts: Prompts, vocab_size: int) -> tuple[()]:
-        del prompts, vocab_size
-        return ()
 
     def update(
         self, logits: Float[Array, "B V"], state: tuple[()], context: Context
@@ -110,12 +113,8 @@ def bad_words(words: Iterable[Sequence[int]]) -> Transform:
 
 
 @struct.dataclass
-class _NoRepeat:
+class _NoRepeat(Memoryless):
     size: int = struct.field(pytree_node=False)
-
-    def init(self, prompts: Prompts, vocab_size: int) -> tuple[()]:
-        del prompts, vocab_size
-        return ()
 
     def update(
         self, logits: Float[Array, "B V"], state: tuple[()], context: Context
@@ -147,12 +146,8 @@ def no_repeat_ngram(size: int) -> Transform:
 
 
 @struct.dataclass
-class _Forced:
+class _Forced(Memoryless):
     ids: Any  # [N], -1 where none is forced
-
-    def init(self, prompts: Prompts, vocab_size: int) -> tuple[()]:
-        del prompts, vocab_size
-        return ()
 
     def update(
         self, logits: Float[Array, "B V"], state: tuple[()], context: Context
@@ -180,13 +175,9 @@ def forced(tokens: Mapping[int, int]) -> Transform:
 
 
 @struct.dataclass
-class _MinNewTokens:
+class _MinNewTokens(Memoryless):
     count: Any
     ids: Any
-
-    def init(self, prompts: Prompts, vocab_size: int) -> tuple[()]:
-        del prompts, vocab_size
-        return ()
 
     def update(
         self, logits: Float[Array, "B V"], state: tuple[()], context: Context

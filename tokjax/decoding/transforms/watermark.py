@@ -9,19 +9,14 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from tokjax.decoding.context import Context
-from tokjax.decoding.prompts import Prompts
-from tokjax.decoding.transforms.base import Transform, column, setting
+from tokjax.decoding.transforms.base import Memoryless, Transform, column, setting
 
 
 @struct.dataclass
-class _Watermark:
+class _Watermark(Memoryless):
     seed: Any
     share: Any
     strength: Any
-
-    def init(self, prompts: Prompts, vocab_size: int) -> tuple[()]:
-        del prompts, vocab_size
-        return ()
 
     def update(
         self, logits: Float[Array, "B V"], state: tuple[()], context: Context
