@@ -1,6 +1,6 @@
 """Tiny random models of every family, made by transformers: what ours are compared with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 SIZES = {
@@ -125,6 +125,3 @@ def randomise(model: Any, torch: Any) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-
-
-Build = Callable[[str], Any]
