@@ -16,8 +16,9 @@ def keep_freed_memory() -> bool:
 
     XLA's CPU backend takes its temporary memory at every step and frees it behind it. Large pieces
     go back to the system each time, and come again as pages that must be cleared: 150,000 page
-    faults and a few percent of the time of a training step of 29M parameters on two cores. To be called
-    before JAX is imported: its threads must find the setting. Needs glibc.
+    faults and a few percent of the time of a training step of 29M parameters on two cores.
+
+    To be called before JAX is imported: its threads must find the setting. Needs glibc.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     on_cpu = platforms == "cpu" or not any(Path(device).exists() for device in _ACCELERATORS)
