@@ -1,11 +1,13 @@
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from flax import struct
 
 from tokjax.decoding import (
     ModelPredictor,
@@ -25,7 +27,9 @@ from tokjax.decoding import (
     top_p,
 )
 from tokjax.decoding.context import Context
+from tokjax.decoding.engine import _run
 from tokjax.decoding.prompts import bucket
+from tokjax.decoding.transforms.base import Memoryless
 from tokjax.errors import ConfigError, DataError
 from tokjax.models import ModelConfig, Transformer, parameters
 from tokjax.parallel.mesh import MeshConfig, build_mesh
@@ -383,3 +387,91 @@ def test_impossible_samples_are_refused(params):
         decode(MODEL, params, Prompts.of([[1]]), samples=0, max_new_tokens=2)
     with pytest.raises(ConfigError, match="seeds must be 4 integers"):
         decode(MODEL, params, Prompts.of([[1], [2]]), samples=2, max_new_tokens=2, seeds=[1, 2])
+
+
+@struct.dataclass
+class _MarginOver:
+    """How far the likeliest token leads, over a given number."""
+
+    least: Any
+
+    def __call__(self, context):
+        best = jax.lax.top_k(context.logits, 2)[0]
+        return best[:, 0] - best[:, 1] - self.least
+
+
+def _last(context):
+    return context.last
+
+
+def test_recorded_signals_are_those_of_the_token_they_stand_beside(params):
+    record = {"margin": _MarginOver(np.float32(0.5)), "token": _last}
+    limits = [12, 5, 12, 12]
+    prompts = Prompts.of(ROWS)
+    found = decode(MODEL, params, prompts, max_new_tokens=limits, samples=2, record=record)
+    np.testing.assert_array_equal(found.recorded["token"], found.tokens)
+    for b, new in enumerate(found.rows()):
+        row = ROWS[b // 2]
+        logits = np.sort(_scored(params, [*row, *new])[1][0])
+        behind = slice(len(row) - 1, len(row) - 1 + len(new))
+        expected = (logits[:, -1] - logits[:, -2])[behind] - 0.5
+        np.testing.assert_allclose(found.recorded["margin"][b, : len(new)], expected, atol=1e-4)
+        np.testing.assert_array_equal(found.recorded["margin"][b, len(new) :], 0)
+    compiled = _run._cache_size()
+    other = {**record, "margin": _MarginOver(np.float32(1.5))}
+    decode(MODEL, params, prompts, max_new_tokens=limits, samples=2, record=other)
+    assert _run._cache_size() == compiled
+
+
+def test_a_predictors_signals_reach_transforms_stops_and_records(params):
+    found = decode(
+        _Counting(),
+        np.float32(0),
+        Prompts.of([[1], [2, 3]]),
+        max_new_tokens=8,
+        transform=_ByCount(),
+        stop=_AtCount(np.array(4)),
+        record={"count": lambda context: context.signals["count"]},
+    )
+    assert found.rows() == [[0, 1, 2, 3, 4]] * 2
+    np.testing.assert_array_equal(found.recorded["count"][:, :5], [[0, 1, 2, 3, 4]] * 2)
+
+
+@dataclass(frozen=True)
+class _Counting:
+    """Knows nothing but how many tokens it was given."""
+
+    vocab_size: int = 16
+    max_positions: int = 64
+
+    def prepare(self, params):
+        return params
+
+    def init(self, prepared, prompts, capacity):
+        count = jnp.zeros(prompts.tokens.shape[0], jnp.int32)
+        return count, self._said(count)
+
+    def step(self, prepared, state, tokens):
+        return state + 1, self._said(state + 1)
+
+    def _said(self, count):
+        return StepOutput(jnp.zeros((count.shape[0], self.vocab_size)), {"count": count})
+
+
+@struct.dataclass
+class _ByCount(Memoryless):
+    """Allows only the token whose id is the count."""
+
+    def update(self, logits, state, context):
+        allowed = jnp.arange(logits.shape[1]) == context.signals["count"][:, None]
+        return jnp.where(allowed, logits, -jnp.inf), state
+
+
+@struct.dataclass
+class _AtCount:
+    """Ends a row at a count."""
+
+    count: Any
+
+    def __call__(self, context):
+        return context.signals["count"] == self.count

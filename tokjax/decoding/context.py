@@ -1,7 +1,9 @@
-"""What a transform or a stop may look at while a text is being written."""
+"""What a transform, a stop or a recorded signal may look at while a text is being written."""
+
+from collections.abc import Mapping
 
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from tokjax.decoding.prompts import Prompts
 
@@ -19,6 +21,9 @@ class Context:
         prompts: what was continued.
         last_logprob: the model's log-probability of `last` at temperature 1; of no meaning at
             step 0.
+        logits: from which the token is taken (for a stop: from which `last` was taken), before
+            any transform.
+        signals: what else the predictor said with these logits, by name.
     """
 
     step: Int[Array, ""]
@@ -27,3 +32,5 @@ class Context:
     done: Bool[Array, "B"]
     prompts: Prompts
     last_logprob: Float[Array, "B"] | None = None
+    logits: Float[Array, "B V"] | None = None
+    signals: Mapping[str, Shaped[Array, "B ..."]] = struct.field(default_factory=dict)

@@ -1,5 +1,6 @@
 """Decoding: one compiled pass over the prompts and one `lax.while_loop` over the new tokens."""
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from tokjax.decoding.context import Context
 from tokjax.decoding.predictors import Predictor, StepOutput, as_predictor
@@ -18,6 +19,8 @@ from tokjax.decoding.transforms import Transform, chain
 from tokjax.decoding.transforms.truncation import entropy
 from tokjax.errors import ConfigError, DataError
 from tokjax.parallel.rules import constrain
+
+Recorder = Callable[[Context], Shaped[Array, "B ..."]]
 
 
 @struct.dataclass
@@ -33,6 +36,7 @@ class Generation:
         logprobs: the model's log-probability of each token at temperature 1, before any transform.
         sampling_logprobs: log-probability with which the sampler took it, behind all transforms.
         entropies: of the model's distribution at temperature 1, in nats.
+        recorded: what `decode` was asked to record at each token, by name.
     """
 
     tokens: Int[Array, "B N"]
@@ -41,6 +45,7 @@ class Generation:
     logprobs: Float[Array, "B N"]
     sampling_logprobs: Float[Array, "B N"]
     entropies: Float[Array, "B N"]
+    recorded: Mapping[str, Shaped[Array, "B N ..."]] = struct.field(default_factory=dict)
 
     @property
     def mask(self) -> Bool[Array, "B N"]:
@@ -66,6 +71,17 @@ class _Loop:
     logprobs: Float[Array, "B N"]
     sampling_logprobs: Float[Array, "B N"]
     entropies: Float[Array, "B N"]
+    recorded: dict[str, Shaped[Array, "B N ..."]]
+
+
+@struct.dataclass
+class _Function:
+    """A plain function as something that `jit` takes."""
+
+    call: Recorder = struct.field(pytree_node=False)
+
+    def __call__(self, context: Context) -> jax.Array:
+        return self.call(context)
 
 
 def decode(
@@ -80,6 +96,7 @@ def decode(
     stop: Stop | None = None,
     seeds: Any = None,
     key: Any = None,
+    record: Mapping[str, Recorder] | None = None,
 ) -> Generation:
     """Returns continuations of the prompts, computed without a host round trip.
 
@@ -102,6 +119,11 @@ def decode(
         seeds: one integer for each row (so samples for each prompt), 0 to 2^32 - 1; equal seed,
             prompt and settings give equal text.
         key: a random key from which each row's own is derived, instead of seeds.
+        record: name -> function of the `Context` right behind each token (its `last` is the token,
+            its `logits` and `signals` are those the token was taken from), returning a value for
+            each row; the values come back in `Generation.recorded`. A function that holds arrays
+            must be a `struct.dataclass`, like a stop; any other is part of the program: pass the
+            same object again, or it is compiled again.
 
     Raises:
         ConfigError: a prompt without tokens; prompt and new tokens exceed the model's positions;
@@ -129,7 +151,13 @@ def decode(
         never() if stop is None else stop,
         _row_keys(len(limits), seeds, key, needed=sampler.draws),
         limits,
+        {name: _as_pytree(recorder) for name, recorder in (record or {}).items()},
     )
+
+
+def _as_pytree(recorder: Recorder) -> Any:
+    leaf = jax.tree_util.all_leaves([recorder])
+    return _Function(recorder) if leaf else recorder
 
 
 def check_prompts(
@@ -205,7 +233,7 @@ _keys_from_key = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(
-    predictor, width, samples, params, prompts, transform, sampler, stop, keys, limits
+    predictor, width, samples, params, prompts, transform, sampler, stop, keys, limits, record
 ) -> Generation:
     prepared = predictor.prepare(params)
     state, out = predictor.init(prepared, prompts, prompts.tokens.shape[1] + width)
@@ -217,8 +245,9 @@ def _run(
     empty = jnp.zeros((B, width), jnp.float32)
     nobody = jnp.zeros(B, bool)
     written = jnp.zeros((B, width), jnp.int32)
+    context = Context(jnp.int32(0), last, written, nobody, prompts, jnp.zeros(B, jnp.float32))
     loop = _Loop(
-        context=Context(jnp.int32(0), last, written, nobody, prompts, jnp.zeros(B, jnp.float32)),
+        context=context,
         out=out,
         predictor=state,
         transform=transform.init(prompts, predictor.vocab_size),
@@ -227,8 +256,12 @@ def _run(
         logprobs=empty,
         sampling_logprobs=empty,
         entropies=empty,
+        recorded={
+            name: _room(width, partial(recorder, _with_step(context, out)))
+            for name, recorder in record.items()
+        },
     )
-    take = partial(_take, transform, sampler, stop, keys, limits)
+    take = partial(_take, transform, sampler, stop, keys, limits, record)
 
     def turn(loop: _Loop) -> _Loop:
         state, out = predictor.step(prepared, loop.predictor, loop.context.last)
@@ -243,23 +276,39 @@ def _run(
         logprobs=loop.logprobs,
         sampling_logprobs=loop.sampling_logprobs,
         entropies=loop.entropies,
+        recorded=loop.recorded,
     )
     # Whole on every device, so that each process of several can read it.
     return jax.tree.map(lambda a: constrain(a, (None,) * a.ndim), generation)
 
 
-def _take(transform, sampler, stop, keys, limits, loop: _Loop) -> _Loop:
+def _with_step(context: Context, out: StepOutput) -> Context:
+    """Returns the context with what the predictor said; it does not travel to the next turn."""
+    return context.replace(  # type: ignore[attr-defined]
+        logits=out.logits.astype(jnp.float32), signals=out.signals
+    )
+
+
+def _room(width: int, of_step: Callable[[], jax.Array]) -> jax.Array:
+    """Returns zeros for a value at each step."""
+    value = jax.eval_shape(of_step)
+    return jnp.zeros((value.shape[0], width, *value.shape[1:]), value.dtype)
+
+
+def _take(transform, sampler, stop, keys, limits, record, loop: _Loop) -> _Loop:
     """Returns the loop with one more token in each row that is not done."""
     context, step = loop.context, loop.context.step
+    before = _with_step(context, loop.out)
     logits = loop.out.logits.astype(jnp.float32)
-    changed, transform_state = transform.update(logits, loop.transform, context)
+    changed, transform_state = transform.update(logits, loop.transform, before)
     tokens, sampling_logprobs = sampler(
         jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step), changed
     )
     active = ~context.done
 
     def put(buffer: jax.Array, values: jax.Array) -> jax.Array:
-        return buffer.at[:, step].set(jnp.where(active, values, 0).astype(buffer.dtype))
+        shown = active.reshape(-1, *[1] * (values.ndim - 1))
+        return buffer.at[:, step].set(jnp.where(shown, values, 0).astype(buffer.dtype))
 
     logprobs = logprob_of(logits, tokens)
     context = context.replace(  # type: ignore[attr-defined]
@@ -268,7 +317,8 @@ def _take(transform, sampler, stop, keys, limits, loop: _Loop) -> _Loop:
         generated=put(context.generated, tokens),
         last_logprob=logprobs,
     )
-    ended = active & stop(context)
+    after = _with_step(context, loop.out)
+    ended = active & stop(after)
     return loop.replace(  # type: ignore[attr-defined]
         context=context.replace(done=context.done | ended | (step + 1 >= limits)),
         transform=transform_state,
@@ -277,4 +327,7 @@ def _take(transform, sampler, stop, keys, limits, loop: _Loop) -> _Loop:
         logprobs=put(loop.logprobs, logprobs),
         sampling_logprobs=put(loop.sampling_logprobs, sampling_logprobs),
         entropies=put(loop.entropies, entropy(jax.nn.log_softmax(logits, axis=-1))),
+        recorded={
+            name: put(loop.recorded[name], recorder(after)) for name, recorder in record.items()
+        },
     )

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from tokjax.decoding.prompts import Prompts
 from tokjax.models import cache as kv
@@ -34,9 +34,12 @@ class StepOutput:
 
     Attributes:
         logits: unnormalised log-probabilities at temperature 1.
+        signals: what else it knows of this step, by name, a row each; transforms, stops and what
+            `decode` records read them in `Context.signals`.
     """
 
     logits: Float[Array, "B V"]
+    signals: Mapping[str, Shaped[Array, "B ..."]] = struct.field(default_factory=dict)
 
 
 class Predictor(Protocol):
