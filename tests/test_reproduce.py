@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,17 @@ import pytest
 from tokjax import methods, reproduce
 from tokjax.config import resolve
 from tokjax.errors import ConfigError, DataError
-from tokjax.reproduction import Arm, ArmResult, Panel, Plan, Results, Series, Verdict, running
+from tokjax.reproduction import (
+    Arm,
+    ArmResult,
+    Panel,
+    Plan,
+    Results,
+    Series,
+    Verdict,
+    running,
+    training_arms,
+)
 from tokjax.reproduction.flops import matmul_flops
 from tokjax.reproduction.plan import load_plan, plan_files
 from tokjax.reproduction.record import machine_notes, read_record
@@ -57,13 +66,12 @@ def test_a_record_is_of_the_plan_as_it_stands(path):
     assert record["scale"] == "full"
     assert record["claim"] == plan.claim
     assert set(record["seeds"]) >= set(plan.seeds)
-    jobs = plan_jobs(plan, Path("anywhere"), record["seeds"])
     found = {
         (arm, int(seed)): run["config"]
         for arm, entry in record["arms"].items()
         for seed, run in entry["seeds"].items()
     }
-    assert found == {(job.arm, job.seed): job.digest for job in jobs}, (
+    assert found == reproduce.kind_of(plan).digests(plan, record["seeds"]), (
         f"the plan has changed since: run python -m tokjax.reproduce {path.stem}"
     )
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -73,10 +81,9 @@ def test_a_record_is_of_the_plan_as_it_stands(path):
 @pytest.mark.parametrize("scale", ["full", "smoke"])
 def test_every_plan_is_of_a_method_and_its_arms_resolve(slug, scale):
     plan = load_plan(slug, scale)
-    jobs = plan_jobs(plan, Path("anywhere"), plan.seeds)
+    digests = reproduce.kind_of(plan).digests(plan, plan.seeds)
     assert methods.find(slug)
-    assert len({job.digest for job in jobs}) == len(plan.arms) * len(plan.seeds)
-    assert len({job.workdir for job in jobs}) == len(jobs)
+    assert len(set(digests.values())) == len(plan.arms) * len(plan.seeds)
 
 
 # ---------------------------------------------------------------- counting operations
@@ -515,9 +522,14 @@ def test_a_busy_machine_is_told_of():
     )
     for unknown_or_low in (None, 1.5):
         host = {"cores": 2, "load_average_15_min": unknown_or_low}
-        assert machine_notes(host, quiet_run) == []
-        assert "6.2 on 2 cores" in machine_notes(host, busy_run)[0]
-    assert "3.0 on" in machine_notes({"cores": 2, "load_average_15_min": 3.0}, quiet_run)[0]
+        assert machine_notes(host, training_arms.loads(quiet_run)) == []
+        assert "6.2 on 2 cores" in machine_notes(host, training_arms.loads(busy_run))[0]
+    assert (
+        "3.0 on"
+        in machine_notes({"cores": 2, "load_average_15_min": 3.0}, training_arms.loads(quiet_run))[
+            0
+        ]
+    )
 
 
 def test_a_file_that_is_no_record_is_refused(tmp_path):

@@ -13,6 +13,7 @@ ends with 0.
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokjax import cli, methods
 from tokjax.errors import PREEMPTED_EXIT_CODE, ConfigError
@@ -82,23 +83,32 @@ def reproduce(slug: str, workdir: Path, scale: Scale, seeds: tuple[int, ...] | N
     methods.find(slug)
     plan = load_plan(slug, scale, PLANS)
     from tokjax.parallel.distributed import initialise
-    from tokjax.reproduction.record import make_record, plot, show, write_record
-    from tokjax.reproduction.running import Stopped, plan_jobs, run_plan
+    from tokjax.reproduction.record import make_record, show, stacked_png, write_record
+    from tokjax.reproduction.running import Stopped
 
+    kind = kind_of(plan)
     initialise()
-    seeds = seeds or plan.seeds
-    outcome = run_plan(plan, workdir, seeds, say=lambda text: print(text, flush=True))
+    seeds = seeds or tuple(plan.seeds)
+    outcome = kind.run(plan, workdir, seeds, say=lambda text: print(text, flush=True))
     if isinstance(outcome, Stopped):
         print("stopped; the same command continues")
         interrupted = outcome.signal == signal.SIGINT
         return cli.INTERRUPTED_EXIT_CODE if interrupted else PREEMPTED_EXIT_CODE
     verdict = plan.judge(outcome)
-    digests = {(job.arm, job.seed): job.digest for job in plan_jobs(plan, workdir, seeds)}
-    record = make_record(slug, plan, outcome, verdict, digests, scale)
+    record = make_record(
+        slug,
+        claim=plan.claim,
+        arms=kind.arms_record(plan, outcome),
+        seeds=seeds,
+        notes=plan.notes,
+        loads=kind.loads(outcome),
+        verdict=verdict,
+        scale=scale,
+    )
     complete = set(seeds) >= set(plan.seeds)
     folder = RECORDS if scale == "full" and complete else workdir
-    written = write_record(folder, record, plot(plan, outcome))
-    show(plan, outcome, verdict)
+    written = write_record(folder, record, stacked_png(kind.figures(plan, outcome)))
+    show(kind.table(plan, outcome), verdict)
     print(f"record: {written[0]}")
     if scale != "full":
         print(f"--scale={scale} only tries every part: this is no result and changes no document.")
@@ -110,6 +120,14 @@ def reproduce(slug: str, workdir: Path, scale: Scale, seeds: tuple[int, ...] | N
             f"python -m tokjax.methods --markdown > docs/methods.md"
         )
     return 0
+
+
+def kind_of(plan: Any) -> Any:
+    """Returns the module that runs, records and draws plans of this kind."""
+    from tokjax.reproduction import comparing, training_arms
+    from tokjax.reproduction.comparison import Comparison
+
+    return comparing if isinstance(plan, Comparison) else training_arms
 
 
 def _slugs(args: cli.Arguments) -> tuple[str, ...]:

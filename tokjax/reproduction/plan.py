@@ -118,10 +118,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self):
-        roles = {arm.role for arm in self.arms.values()}
-        for role in ("method", "baseline", "control"):
-            if role not in roles:
-                raise ConfigError(f"no arm has the role {role!r}; a reproduction needs one")
+        check_roles(self.arms)
         for name, arm in self.arms.items():
             if arm.data_of is not None and (arm.data_of not in self.arms or arm.data_of == name):
                 others = sorted(set(self.arms) - {name})
@@ -140,13 +137,25 @@ class Plan:
             raise ConfigError("a reproduction needs at least one panel to plot")
 
 
+def check_roles(arms: Mapping[str, Any]) -> None:
+    """Refuses arms among which a role is missing.
+
+    Raises:
+        ConfigError: there is no method, no baseline or no control.
+    """
+    roles = {arm.role for arm in arms.values()}
+    for role in ("method", "baseline", "control"):
+        if role not in roles:
+            raise ConfigError(f"no arm has the role {role!r}; a reproduction needs one")
+
+
 def plan_files(folder: Path = PLANS) -> dict[str, Path]:
     """Returns the plan files by slug."""
     return {path.stem: path for path in sorted(Path(folder).glob("*.py"))}
 
 
-def load_plan(slug: str, scale: Scale = "full", folder: Path = PLANS) -> Plan:
-    """Returns the plan of a method.
+def load_plan(slug: str, scale: Scale = "full", folder: Path = PLANS) -> Any:
+    """Returns the plan of a method, a `Plan` or a `Comparison`.
 
     Args:
         slug: of the method.
@@ -169,6 +178,8 @@ def load_plan(slug: str, scale: Scale = "full", folder: Path = PLANS) -> Plan:
         raise ConfigError(f"{file}: {error}") from error
     except Exception as error:
         raise ConfigError(f"{file}: {type(error).__name__}: {error}") from error
-    if not isinstance(plan, Plan):
-        raise ConfigError(f"{file}: define get_plan(scale), returning a tokjax Plan")
+    from tokjax.reproduction.comparison import Comparison
+
+    if not isinstance(plan, (Plan, Comparison)):
+        raise ConfigError(f"{file}: define get_plan(scale), returning a Plan or a Comparison")
     return plan

@@ -108,6 +108,65 @@ def plot_curves(
     return figure
 
 
+def plot_bars(
+    labels: Sequence[str],
+    values: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+    *,
+    colors: Sequence[str],
+    title: str = "",
+    x_label: str = "",
+    legend: Mapping[str, str] | None = None,
+    width: float = 8.0,
+) -> "Figure":
+    """Returns a figure of horizontal bars with intervals, the first at the top.
+
+    Args:
+        labels: of the bars.
+        values: their lengths; one that is not finite leaves its place empty.
+        intervals: low and high end of each.
+        colors: of each.
+        title: above the axes.
+        x_label: below them, with the unit.
+        legend: what a colour means.
+        width: in inches; the height follows from the number of bars.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(width, 1.3 + 0.36 * len(labels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    known = [i for i, value in enumerate(values) if np.isfinite(value)]
+    for i in known:
+        low, high = intervals[i]
+        axes.barh(i, values[i], color=colors[i], alpha=0.85, height=0.62)
+        axes.plot([low, high], [i, i], color=_INK, lw=1.4, solid_capstyle="butt")
+        axes.annotate(
+            f"{values[i]:.3g}",
+            (max(high, values[i], 0.0), i),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=_INK,
+        )
+    axes.set_yticks(range(len(labels)), [_plain(label) for label in labels])
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.margins(x=0.12)
+    axes.set_title(_plain(title), color=_INK, fontsize=11, loc="left", fontweight="bold")
+    axes.set_xlabel(_plain(x_label), color=_INK)
+    axes.grid(axis="x", alpha=0.18, color=_INK, lw=0.6)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_INK)
+    axes.tick_params(colors=_INK, which="both")
+    if legend:
+        handles = [Patch(color=color, label=label) for label, color in legend.items()]
+        axes.legend(handles=handles, frameon=False, labelcolor=_INK, fontsize=9, loc="best")
+    return figure
+
+
 def save_figure(figure: "Figure", path: Path) -> None:
     """Writes the figure to a `.png` or `.svg` file, whole or not at all.
 
