@@ -15,6 +15,7 @@ from tokjax.models.config import ModelConfig
 from tokjax.models.lora import A as lora_a
 from tokjax.models.lora import B as lora_b
 from tokjax.models.parameters import NORMS, Parameter
+from tokjax.models.quantized import Int8Matrix
 from tokjax.models.rotary import Tables, rotate
 from tokjax.parallel.rules import current_mesh_shape
 
@@ -168,7 +169,8 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 def linear(w: Weights, name: str, x: Float[Array, "B T N"]) -> Float[Array, "B T M"]:
     """Returns x times the matrix `name`, plus its adapter and bias where the weights have them."""
-    y = matmul(x, w[name])
+    matrix = w[name]
+    y = matrix.after(x) if isinstance(matrix, Int8Matrix) else matmul(x, matrix)
     if f"{name}{lora_a}" in w:
         y = y + matmul(matmul(x, w[f"{name}{lora_a}"]), w[f"{name}{lora_b}"])
     bias = w.get(f"{name}_bias")

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokjax.errors import CheckpointError, ConfigError, nearest
+from tokjax.models.quantized import is_quantized
 
 if TYPE_CHECKING:
     from tokjax.models.transformer import Transformer
@@ -106,7 +107,12 @@ def merge(model: "Transformer", params: Mapping[str, Any]) -> tuple["Transformer
     """Returns the base model with the adapters added to its matrices, in float32.
 
     The products are those of the adapted model to rounding.
+
+    Raises:
+        ConfigError: the parameters are quantised.
     """
+    if is_quantized(params):
+        raise ConfigError("int8 matrices take no adapters: merge into quantized.dequantize(params)")
     base, adapters = split(params)
     return off(model), _added(base, adapters, _scale(model))
 

@@ -16,6 +16,7 @@ from tokjax.files import storage_errors, sync_directory
 from tokjax.models import parameters
 from tokjax.models.huggingface.family import Tensor, config_to_fields, family_of, to_stored
 from tokjax.models.huggingface.safetensors_files import write_tensors
+from tokjax.models.quantized import is_quantized
 
 # What travels with a checkpoint beside the model itself.
 CARRIED = (
@@ -61,12 +62,17 @@ def save(
         overwrite: replace a folder that holds something already.
 
     Raises:
-        ConfigError: the family cannot express the model, or it has adapters.
+        ConfigError: the family cannot express the model, it has adapters, or the parameters are
+            quantised.
         StorageError: the folder is not empty, or cannot be written.
     """
     folder = Path(folder)
     if getattr(model.config, "lora", None) is not None:
         raise ConfigError("the model has adapters: merge them (lora.merge), or save them alone")
+    if is_quantized(params):
+        raise ConfigError(
+            "the parameters are int8: save quantized.dequantize(params)"
+        )
     fields = config_to_fields(model.config)
     if folder.exists() and not overwrite and (folder.is_file() or any(folder.iterdir())):
         raise StorageError(f"{folder} exists already: choose another folder, or overwrite=True")
