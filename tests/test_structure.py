@@ -19,6 +19,7 @@ LAYERS = (
     ("models",),
     ("signals", "data"),
     ("training", "decoding"),
+    ("steering",),
 )
 FAMILIES = ("pretraining", "finetuning", "preference", "rl", "gflownet", "tokenization", "analysis")
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokjax.models import Edits, Suppression, Transformer, Write, parameters
+from tokjax.models import Edits, Steer, Suppression, Transformer, Write, parameters
 from tokjax.models.attention import Scores, dense_attention
 from tokjax.models.edits import SITES
 from tokjax.parallel.mesh import MeshConfig, build_mesh
@@ -354,3 +354,60 @@ def test_edits_of_another_number_of_layers_are_refused(tiny):
         edits = Edits(layer_gate=jnp.ones((layers, 1, 1)))
         with pytest.raises(ValueError, match=r"layer_gate.* has shape .* first axis must be .* 3"):
             tiny.model(parameters.unstack(tiny.params), tiny.tokens, edits=edits)
+
+
+def test_steering_gives_grains_numbers():
+    def steered(h, vector, scale, **options):
+        h, vector = jnp.array(h, jnp.float32), jnp.array(vector, jnp.float32)
+        steer = Steer(vector, jnp.array(scale, jnp.float32), **options)
+        return steer.applied(h[None])[0]
+
+    found = steered([[3, 4]], [1, 0], [[5.0]])
+    np.testing.assert_allclose(found, [[4.4721, 2.2361]], atol=5e-5)
+    assert float(jnp.linalg.norm(found)) == pytest.approx(5)
+    # Lengths are those of the features, not of the tokens.
+    found = steered([[3, 4], [0, 2]], [2, 0], [[1.0]])
+    np.testing.assert_allclose(found, [[3.9043, 3.1235], [1.4142, 1.4142]], atol=5e-5)
+    np.testing.assert_allclose(steered([[3, 4]], [1, 0], [[5.0]], keep_norm=False), [[8, 4]])
+    # Nothing is left to give a length to, or no length to give.
+    np.testing.assert_array_equal(steered([[3, 4]], [-3, -4], [[1.0]]), [[3, 4]])
+    np.testing.assert_array_equal(steered([[0, 0]], [1, 0], [[5.0]]), [[0, 0]])
+    slope = jax.grad(lambda h: steered(h, [1, 0], [[5.0]]).sum())
+    assert jnp.isfinite(slope(jnp.zeros((1, 2)))).all()
+
+
+def test_steering_in_the_model_is_the_formula_at_its_site(tiny, forward):
+    rng = np.random.default_rng(4)
+    vector = rng.normal(size=(L, 1, 1, D)).astype(np.float32)
+    scale = (rng.uniform(-2, 2, (L, B, T)) * (rng.random((L, B, T)) < 0.5)).astype(np.float32)
+    edits = Edits(steer={"resid_post": Steer(vector, scale)})
+
+    @jax.jit
+    def states(edits):
+        capture = {"resid_mid", "mlp_out", "resid_post"}
+        return tiny.model(tiny.params, tiny.tokens, edits=edits, capture=capture)[1].captured
+
+    found = states(edits)
+    h = np.asarray(found["resid_mid"] + found["mlp_out"], np.float64)
+    moved = h + scale[..., None] * vector
+    lengths = [np.linalg.norm(a, axis=-1, keepdims=True) for a in (h, moved)]
+    expected = np.where(scale[..., None] != 0, moved * lengths[0] / lengths[1], h)
+    np.testing.assert_allclose(found["resid_post"], expected, **TOLERANCE)
+    # A scale of zero everywhere changes nothing; unrolled layers do the same as scanned ones.
+    still = Edits(steer={"resid_post": Steer(vector, 0 * scale)})
+    intact = forward(tiny.params, None, tiny.tokens)
+    np.testing.assert_array_equal(forward(tiny.params, still, tiny.tokens), intact)
+    unrolled = forward(parameters.unstack(tiny.params), edits, tiny.tokens)
+    np.testing.assert_allclose(unrolled, forward(tiny.params, edits, tiny.tokens), **TOLERANCE)
+    assert np.abs(unrolled - intact).max() > 0.1
+
+
+def test_impossible_steering_is_refused(tiny):
+    steer = Steer(jnp.ones((L, 1, 1, D)), jnp.ones((L, 1, 1)))
+    with pytest.raises(ValueError, match=r"steer: unknown site 'resid_past'"):
+        tiny.model(tiny.params, tiny.tokens, edits=Edits(steer={"resid_past": steer}))
+    bare = Edits(steer={"resid_post": jnp.ones((L, 1, 1, D))})
+    with pytest.raises(ValueError, match=r"steer\['resid_post'\] must be a Steer"):
+        tiny.model(tiny.params, tiny.tokens, edits=bare)
+    with pytest.raises(ValueError, match="'attn_probs' holds no vectors"):
+        tiny.model(tiny.params, tiny.tokens, edits=Edits(steer={"attn_probs": steer}))

@@ -21,6 +21,7 @@ from tokjax.decoding.prompts import Prompts
 from tokjax.models import cache as kv
 from tokjax.models import parameters
 from tokjax.models.cache import Cache
+from tokjax.models.edits import Edits
 from tokjax.models.encdec import EncoderDecoder
 from tokjax.models.head import from_products
 from tokjax.models.layers import Memory
@@ -118,6 +119,8 @@ class ModelPredictor:
         *,
         chunk: int = 1,
         capture: Mapping[str, Callable | None] | None = None,
+        edits: Edits | None = None,
+        cache_dtype: Any = None,
     ) -> tuple[Cache, Output]:
         """Returns the cache filled with the prompts (lengths may be 0), and the pass's output.
 
@@ -130,16 +133,22 @@ class ModelPredictor:
             capacity: of the cache.
             chunk: most tokens a later pass may add.
             capture: sites to return besides, each with a function applied in its layer or None.
+            edits: interventions in this pass.
+            cache_dtype: of the cache; default the model's compute dtype.
         """
         embedded = self.model.embed(prepared, prompts.tokens)
         mixed = self.model.config.mixer is not None
         sites = dict.fromkeys(["k", "v", "resid_post"] if mixed else ["k", "v"])
         out = self.model.backbone(
-            prepared, embedded, memory=prepared.get("memory"), capture={**(capture or {}), **sites}
+            prepared,
+            embedded,
+            memory=prepared.get("memory"),
+            edits=edits,
+            capture={**(capture or {}), **sites},
         )
         layers = range(self.model.config.n_layers)
         cache = kv.fill(
-            self.model.init_cache(prompts.tokens.shape[0], capacity, chunk=chunk),
+            self.model.init_cache(prompts.tokens.shape[0], capacity, cache_dtype, chunk=chunk),
             keys=[out.captured["k"][i] for i in layers],
             values=[out.captured["v"][i] for i in layers],
             lengths=prompts.lengths,
@@ -215,6 +224,10 @@ class EncoderDecoderPredictor:
         self, prepared: Params, state: Cache, tokens: Int[Array, "B"]
     ) -> tuple[Cache, StepOutput]:
         """Returns the cache with one more token a row, and the logits behind it."""
+        copies = tokens.shape[0] // prepared["memory"].x.shape[0]
+        if copies > 1:  # samples or beams of a prompt, which read its memory
+            repeated = lambda a: jnp.repeat(a, copies, axis=0)  # noqa: E731
+            prepared = {**prepared, "memory": jax.tree.map(repeated, prepared["memory"])}
         return self._decoder.step(prepared, state, tokens)
 
 

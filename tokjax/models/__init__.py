@@ -9,7 +9,7 @@ N examples.
 from tokjax.models.cache import Cache
 from tokjax.models.checkpoints import load
 from tokjax.models.config import EncDecConfig, ModelConfig
-from tokjax.models.edits import Edits, Suppression, Write
+from tokjax.models.edits import Edits, Steer, Suppression, Write
 from tokjax.models.encdec import EncoderDecoder
 from tokjax.models.encoder import Encoder, pool
 from tokjax.models.head import Head
@@ -26,6 +26,7 @@ __all__ = [
     "Memory",
     "ModelConfig",
     "Output",
+    "Steer",
     "Suppression",
     "Transformer",
     "Write",

@@ -52,6 +52,48 @@ class Write:
 
 
 @struct.dataclass
+class Steer:
+    """A shift of a site's vectors, after which they are given back their length.
+
+    h becomes (h + scale * vector) * |h| / (|h + scale * vector| + 1e-8), lengths taken over the
+    last axis in float32. Where the scale is 0, or h and the shift cancel, h is left as it is, bit
+    for bit.
+
+    Attributes:
+        vector: leads with the layer axis, then as the site; axes may be 1.
+        scale: of the vector at each token; axes may be 1.
+        keep_norm: False leaves the lengths as the shift makes them.
+
+    Reference: GrAInS, arXiv 2507.18043.
+    """
+
+    vector: Float[Array, "L ..."]
+    scale: Float[Array, "L B T"]
+    keep_norm: bool = struct.field(pytree_node=False, default=True)
+
+    def applied(self, h: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        """Returns one layer's vectors, steered (the layer axis is gone here).
+
+        >>> steer = Steer(jnp.array([[[1.0, 0.0]]]), jnp.array([[5.0]]))
+        >>> [round(float(z), 4) for z in steer.applied(jnp.array([[[3.0, 4.0]]]))[0, 0]]
+        [4.4721, 2.2361]
+        """
+        scale = self.scale.reshape(self.scale.shape + (1,) * (h.ndim - self.scale.ndim))
+        before = h.astype(jnp.float32)
+        shifted = before + scale.astype(jnp.float32) * self.vector.astype(jnp.float32)
+        changed = scale != 0
+        if self.keep_norm:
+            squares = jnp.square(shifted).sum(-1, keepdims=True)
+            changed &= squares > 0
+            # The root of 0 has no gradient, not even where it is then not used.
+            length = jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
+            own = jnp.square(before).sum(-1, keepdims=True)
+            own = jnp.where(own > 0, jnp.sqrt(jnp.where(own > 0, own, 1.0)), 0.0)
+            shifted = shifted * (own / (length + 1e-8))
+        return jnp.where(changed, shifted.astype(h.dtype), h)
+
+
+@struct.dataclass
 class Suppression:
     """Keys whose attention scores are overwritten, decided by the attention they get.
 
@@ -118,7 +160,7 @@ def suppressed(
 class Edits:
     """Changes to a forward pass.
 
-    Where a site is both added to and written, the addition comes first. With
+    At one site the addition comes first, then steering, then what is written. With
     `norm_placement="post"` a block normalises what it is left with, so a gate of 0 is no identity
     there.
 
@@ -130,7 +172,8 @@ class Edits:
             example one for each of the rows that run a branch of their own.
         layer_gate: multiplies what a block adds to the residual stream; 0 skips the block. The
             batch and token axes may be 1.
-        add: site -> values added there (steering); leads with the layer axis, axes may be 1.
+        add: site -> values added there; leads with the layer axis, axes may be 1.
+        steer: site -> a shift that keeps the length of what is there.
         write: site -> values that replace what is there (patching, transplants).
     """
 
@@ -138,6 +181,7 @@ class Edits:
     suppression: tuple[Suppression, ...] = ()
     layer_gate: Float[Array, "L B T"] | None = None
     add: Mapping[str, Float[Array, "L ..."]] = struct.field(default_factory=dict)
+    steer: Mapping[str, Steer] = struct.field(default_factory=dict)
     write: Mapping[str, Write] = struct.field(default_factory=dict)
 
     def check(self, n_layers: int, sites: Sequence[str] = SITES) -> None:
@@ -146,17 +190,21 @@ class Edits:
         Not done when they are made: `vmap` and `tree.map` make trees of this type out of anything.
 
         Raises:
-            ValueError: an unknown site; a `write` that is no `Write`; a bare `Suppression`; a leaf
-                without layer axis.
+            ValueError: an unknown site; a `write` that is no `Write`, a `steer` that is no `Steer`
+                or of probabilities; a bare `Suppression`; a leaf without layer axis.
         """
         if not isinstance(self.suppression, tuple):
             raise ValueError("Edits.suppression must be a tuple of Suppressions: (suppression,)")
-        for field in ("add", "write"):
+        for field in ("add", "steer", "write"):
             for site, value in getattr(self, field).items():
                 if site not in sites:
                     raise ValueError(f"Edits.{field}: unknown site {site!r}.{nearest(site, sites)}")
                 if field == "write" and not isinstance(value, Write):
                     raise ValueError(f"Edits.write[{site!r}] must be a Write(value, mask)")
+                if field == "steer" and not isinstance(value, Steer):
+                    raise ValueError(f"Edits.steer[{site!r}] must be a Steer(vector, scale)")
+                if field == "steer" and site.endswith("_probs"):
+                    raise ValueError(f"Edits.steer: {site!r} holds no vectors whose length to keep")
         for path, leaf in jax.tree_util.tree_leaves_with_path(self):
             # An index beyond the end would silently take the last layer's edit.
             if jnp.ndim(leaf) == 0 or leaf.shape[0] != n_layers:
@@ -183,6 +231,8 @@ class Edits:
         """Returns a site's value in one layer, edited (the layer axis is gone here)."""
         if site in self.add:
             value = value + self.add[site].astype(value.dtype)
+        if site in self.steer:
+            value = self.steer[site].applied(value)
         if site in self.write:
             write = self.write[site]
             mask = write.mask.reshape(write.mask.shape + (1,) * (value.ndim - write.mask.ndim))

@@ -1,0 +1,268 @@
+"""Training a length predictor on a frozen language model, and judging it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from tokjax.decoding.budget.gamma import gamma_nll
+from tokjax.decoding.budget.predictor import LengthPredictor
+from tokjax.decoding.budget.traces import remaining_lengths
+from tokjax.decoding.prompts import bucket
+from tokjax.errors import ConfigError, DataError, NonFiniteError
+from tokjax.models.transformer import Transformer
+from tokjax.training.optimizers import Constant
+from tokjax.training.progress import Progress
+
+Rows = Sequence[Sequence[int]]
+_ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+_LATE = 2  # losses are read so many steps late, so that the device never waits for the host
+
+
+@struct.dataclass
+class TraceBatch:
+    """Traces of one width.
+
+    Attributes:
+        tokens: ids; what follows a row's own has no label.
+        remaining: tokens of thinking left at each token, itself included; 0 where there is no
+            label.
+    """
+
+    tokens: Int[Array, "B T"]
+    remaining: Int[Array, "B T"]
+
+
+@struct.dataclass
+class _State:
+    weights: Any
+    optimizer: Any
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedPredictor:
+    """What training returns.
+
+    Attributes:
+        params: of the predictor.
+        losses: mean negative log-likelihood of each step's labels, in nats.
+    """
+
+    params: dict[str, Any] = field(repr=False)
+    losses: Float[np.ndarray, "N"]
+
+
+def train_predictor(
+    model: Transformer,
+    params: Any,
+    predictor: LengthPredictor,
+    rows: Rows,
+    *,
+    think_start: int,
+    think_end: int,
+    batch_size: int = 1,
+    epochs: int = 1,
+    peak_lr: float = 1e-4,
+    warmup_share: float = 0.05,
+    max_length: int = 8192,
+    seed: int = 0,
+    start: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> TrainedPredictor:
+    """Returns a predictor of the remaining thinking length, trained beside the frozen model.
+
+    Labels are the tokens from `<think>` to `</think>`; the predictor reads the hidden states right
+    before a label and says a Gamma for that label alone. Adam at a constant rate behind a warm-up;
+    the same arguments give the same numbers. One program is compiled for each bucket of lengths.
+    Costs a forward pass of the model a step, and of the predictor at every position: with
+    `encoder` that is one pass over L + 2 vectors for each token.
+
+    Args:
+        model: the language model.
+        params: its parameters; nothing changes them.
+        predictor: what to train.
+        rows: ids of prompt, thinking and answer each; see `concise` for short ones.
+        think_start: id of `<think>`.
+        think_end: id of `</think>`.
+        batch_size: rows a step.
+        epochs: passes over the rows, each in another order.
+        peak_lr: learning rate behind the warm-up.
+        warmup_share: share of the steps on which the rate rises.
+        max_length: longer rows are cut; their lengths count what is cut off.
+        seed: of the initial parameters and the order.
+        start: parameters to go on from, instead of initial ones.
+        progress: whether to show it.
+
+    Raises:
+        ConfigError: the predictor was made for another model, or a setting is impossible.
+        DataError: no row has closed thinking, or an id is not in the vocabulary.
+        NonFiniteError: a loss was not finite.
+
+    Reference: Li et al., "Steering LLM Thinking with Budget Guidance", arXiv 2506.13752; Adam's
+    constants and the clipping of gradients are the recommendation of tokjax.
+    """
+    predictor.check(model.config)
+    if min(batch_size, epochs) < 1 or not peak_lr > 0 or not 0 <= warmup_share <= 1:
+        raise ConfigError(
+            f"batch_size={batch_size} and epochs={epochs} must be at least 1, peak_lr={peak_lr} "
+            f"positive and warmup_share={warmup_share} between 0 and 1"
+        )
+    traces = label_rows(model, rows, think_start, think_end, max_length)
+    batch_size = min(batch_size, len(traces))
+    steps = epochs * -(-len(traces) // batch_size)
+    schedule = Constant(warmup_steps=int(np.ceil(warmup_share * steps)))
+    given = predictor.init(jax.random.key(seed)) if start is None else dict(start)
+    state = _State(given, _ADAM.init(given))
+    state = jax.tree.map(jnp.array, state)  # a copy: its memory is given to the next state
+    losses: list[Any] = []
+    with Progress(steps, enabled=progress) as shown:
+        for step, batch in enumerate(_epochs(traces, batch_size, epochs, seed)):
+            rate = peak_lr * schedule.factor(jnp.float32(step), steps)
+            state, loss = _update(model, predictor, params, state, batch, rate)
+            losses.append(loss)
+            known = step - _LATE
+            if known >= 0:
+                losses[known] = _finite(losses[known], known)
+            shown.update(step + 1, losses[known] if known >= 0 else None)
+    found = [_finite(loss, step) for step, loss in enumerate(losses)]
+    return TrainedPredictor(state.weights, np.array(found))
+
+
+def _finite(loss: Any, step: int) -> float:
+    value = float(loss)
+    if not np.isfinite(value):
+        raise NonFiniteError(f"the loss of step {step} is {value}: lower peak_lr")
+    return value
+
+
+def label_rows(
+    model: Transformer, rows: Rows, think_start: int, think_end: int, max_length: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns (ids, remaining lengths) of each row with closed thinking, cut to `max_length`.
+
+    Raises:
+        ConfigError: `max_length` exceeds the model's positions.
+        DataError: no row is left, or an id is not in the vocabulary.
+    """
+    limit = min(max_length, model.config.max_positions)
+    found = []
+    for b, row in enumerate(rows):
+        ids = np.asarray(row, np.int64)
+        wrong = (ids < 0) | (ids >= model.config.vocabulary)
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise DataError(
+                f"row {b} has id {ids[at]} at position {at}, but the model's ids are 0 to "
+                f"{model.config.vocabulary - 1}: was it made with another tokenizer?"
+            )
+        remaining = remaining_lengths(row, think_start, think_end)[:limit]
+        if remaining[1:].any():  # nothing is read before the first token
+            found.append((ids[:limit].astype(np.int32), remaining))
+    if not found:
+        raise DataError(
+            f"none of {len(rows)} rows has thinking between the ids {think_start} and {think_end}"
+        )
+    return found
+
+
+def _epochs(traces: list, batch_size: int, epochs: int, seed: int) -> Iterator[TraceBatch]:
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(len(traces))
+        for first in range(0, len(order), batch_size):
+            yield _batch([traces[i] for i in order[first : first + batch_size]], batch_size)
+
+
+def _batch(traces: list, size: int) -> TraceBatch:
+    """Returns traces in a bucket's width; missing rows have no labels."""
+    width = bucket(max(len(ids) for ids, _ in traces))
+    tokens, remaining = np.zeros((2, size, width), np.int32)
+    for b, (ids, left) in enumerate(traces):
+        tokens[b, : len(ids)], remaining[b, : len(left)] = ids, left
+    return TraceBatch(tokens, remaining)  # type: ignore[arg-type]
+
+
+def _gammas(model, predictor, params, weights, tokens):
+    """Returns shape and rate of the Gamma for each token from the second on, [B, T - 1]."""
+    frozen = jax.lax.stop_gradient(params)
+    out = model.backbone(frozen, model.embed(frozen, tokens[:, :-1]), capture={*predictor.capture})
+    states = jax.lax.stop_gradient(predictor.states(out))
+    B, T = states.shape[:2]
+    flat = states.reshape(B * T, *states.shape[2:])
+    alpha, rate = predictor.of_tokens(weights, flat, tokens[:, 1:].reshape(-1))
+    return alpha.reshape(B, T), rate.reshape(B, T)
+
+
+def _summed(model, predictor, params, weights, batch: TraceBatch):
+    """Returns the sum of the labels' negative log-likelihoods and their number."""
+    alpha, rate = _gammas(model, predictor, params, weights, batch.tokens)
+    remaining = batch.remaining[:, 1:]
+    nll = gamma_nll(remaining.astype(jnp.float32), alpha, rate)
+    return jnp.where(remaining > 0, nll, 0.0).sum(), (remaining > 0).sum()
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _update(model, predictor, params, state: _State, batch: TraceBatch, rate):
+    """Returns the next state and the loss before it."""
+
+    def loss(weights):
+        total, count = _summed(model, predictor, params, weights, batch)
+        return total / jnp.maximum(count, 1)
+
+    value, gradient = jax.value_and_grad(loss)(state.weights)
+    change, optimizer = _ADAM.update(gradient, state.optimizer)
+    change = jax.tree.map(lambda u: -rate * u, change)
+    return _State(optax.apply_updates(state.weights, change), optimizer), value
+
+
+def evaluate_predictor(
+    model: Transformer,
+    params: Any,
+    predictor: LengthPredictor,
+    weights: Mapping[str, Any],
+    rows: Rows,
+    *,
+    think_start: int,
+    think_end: int,
+    batch_size: int = 8,
+    max_length: int = 8192,
+) -> float:
+    """Returns the mean negative log-likelihood of the remaining lengths of held-out traces.
+
+    In nats a label. `fit_gamma` gives what a constant would reach: the mean of `gamma_nll` with it.
+
+    Args, Raises: see `train_predictor`.
+    """
+    predictor.check(model.config)
+    traces = label_rows(model, rows, think_start, think_end, max_length)
+    size = min(batch_size, len(traces))
+    totals = [
+        _evaluate(model, predictor, params, weights, _batch(traces[first : first + size], size))
+        for first in range(0, len(traces), size)
+    ]
+    total, count = np.sum(np.asarray(jax.device_get(totals), np.float64), axis=0)
+    return float(total / count)
+
+
+def predicted_gammas(
+    model: Transformer,
+    params: Any,
+    predictor: LengthPredictor,
+    weights: Mapping[str, Any],
+    tokens: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T-1"], Float[Array, "B T-1"]]:
+    """Returns shape and rate of the Gamma predicted for each token from the second on.
+
+    `mode_length` and `mean_length` turn them into tokens.
+    """
+    return _predicted(model, predictor, params, weights, jnp.asarray(tokens))
+
+
+_evaluate = jax.jit(_summed, static_argnums=(0, 1))
+_predicted = jax.jit(_gammas, static_argnums=(0, 1))
