@@ -17,7 +17,7 @@ from tokjax.decoding.prompts import Prompts
 from tokjax.errors import ConfigError
 from tokjax.models.cache import Cache
 from tokjax.models.edits import Edits
-from tokjax.models.transformer import Transformer
+from tokjax.models.transformer import Output, Transformer
 
 
 @dataclass(frozen=True)
@@ -92,21 +92,35 @@ class Branches:
             tokens: one a row, the same in each branch.
             edits: what branches differ in.
         """
-        B = tokens.shape[0]
         embedded = self.model.embed(prepared, tokens[:, None])
-        bias = self._seen(cache)
-        if edits.attention_bias is not None:
-            bias = bias + edits.attention_bias
-        out = self._stepped.backbone(
-            prepared,
-            jnp.broadcast_to(embedded, (B, self.count, embedded.shape[-1])),
-            positions=jnp.broadcast_to(cache.lengths[:, None], (B, self.count)),
-            cache=cache,
-            edits=edits.replace(attention_bias=bias),  # type: ignore[attr-defined]
-        )
+        same = jnp.broadcast_to(embedded, (*tokens.shape, self.count, embedded.shape[-1]))
+        out = self.run(prepared, cache, same, edits)
         assert out.cache is not None
         logits = jnp.moveaxis(self.plain.logits(prepared, out.x), 1, 0)
         return out.cache.rewind(cache.lengths + 1), logits
+
+    def run(
+        self, prepared: Any, cache: Cache, x: Float[Array, "B N D"], edits: Edits | None = None
+    ) -> Output:
+        """Returns one pass of the branches; its cache holds the new keys of all, side by side.
+
+        Args:
+            prepared: from `ModelPredictor.prepare`.
+            cache: behind the tokens before.
+            x: embeddings of each branch's next token.
+            edits: what branches differ in besides.
+        """
+        edits = edits or Edits()
+        bias = self._seen(cache)
+        if edits.attention_bias is not None:
+            bias = bias + edits.attention_bias
+        return self._stepped.backbone(
+            prepared,
+            x,
+            positions=jnp.broadcast_to(cache.lengths[:, None], x.shape[:2]),
+            cache=cache,
+            edits=edits.replace(attention_bias=bias),  # type: ignore[attr-defined]
+        )
 
     def columns(self, cache: Cache, mask: Bool[Array, "B S"], branch: int) -> Bool[Array, "B S"]:
         """Returns the slots in which a branch of the next step finds the tokens of a mask.
