@@ -71,7 +71,7 @@ def test_rewinding_forgets_what_came_after(tiny, step, whole):
 def test_room_beyond_the_lengths_changes_nothing(tiny, step):
     _, cache = step(tiny.model.init_cache(B, T), tiny.tokens[:, :7])
     garbage = jax.tree.map(
-        lambda a: jnp.where(jnp.arange(T)[:, None, None] < 7, a, 1e3), cache.keys
+        lambda a: jnp.where(jnp.arange(T)[:, None] < 7, a, 1e3), cache.keys
     )
     dirty = cache.replace(keys=garbage)
     for a, b in zip(*(step(c, tiny.tokens[:, 7:8])[0] for c in (cache, dirty)), strict=True):
@@ -91,9 +91,20 @@ def test_forked_rows_continue_like_their_origin(tiny, step, whole):
 
 
 def test_write_puts_each_row_at_its_own_slot_and_drops_what_does_not_fit():
-    buffer, new = jnp.zeros((2, 4, 1, 1)), jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(2, 2, 1, 1)
+    buffer, new = jnp.zeros((2, 1, 4, 1)), jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(2, 2, 1, 1)
     written = kv.write(buffer, new, jnp.array([1, 3]), ring=False)
-    np.testing.assert_array_equal(written[:, :, 0, 0], [[0, 1, 2, 0], [0, 0, 0, 3]])
+    np.testing.assert_array_equal(written[:, 0, :, 0], [[0, 1, 2, 0], [0, 0, 0, 3]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_moved_token_stands_where_it_was_moved_and_nothing_else_changes(tiny, step, dtype):
+    _, cache = step(tiny.model.init_cache(B, T, dtype), tiny.tokens[:, :7])
+    moved = kv.moved(cache, jnp.array([5, 2]), jnp.array([3, 2]))
+    for before, after in ((cache.keys, moved.keys), (cache.values, moved.values)):
+        for a, b in zip(before, after, strict=True):
+            a, b = (np.array(kv.read(each, jnp.float32)) for each in (a, b))
+            a[0, 3] = a[0, 5]
+            np.testing.assert_array_equal(a, b)
 
 
 def test_the_cache_is_updated_in_place_when_donated(tiny):
@@ -124,7 +135,7 @@ def test_a_cache_has_the_compute_dtype_and_only_key_value_heads(tiny):
     model = Transformer(dataclasses.replace(tiny.config, dtype="bfloat16"))
     cache = model.init_cache(B, 5)
     assert {a.dtype for a in cache.keys + cache.values} == {jnp.dtype("bfloat16")}
-    assert {a.shape for a in cache.keys + cache.values} == {(B, 5, 2, 8)}
+    assert {a.shape for a in cache.keys + cache.values} == {(B, 2, 5, 8)}
     assert len(cache.keys) == tiny.config.n_layers
     assert len({id(a) for a in cache.keys + cache.values}) == 2 * tiny.config.n_layers
 
@@ -153,7 +164,7 @@ def test_a_windowed_layer_keeps_a_ring(tiny, windowed, sizes):
     model, params = windowed
     whole = jax.jit(lambda p: model(p, tiny.tokens)[0])(params)
     cache = model.init_cache(B, T, chunk=max(sizes))
-    assert [a.shape[1] for a in cache.keys] == [3 + max(sizes), T, 3 + max(sizes)]
+    assert [a.shape[2] for a in cache.keys] == [3 + max(sizes), T, 3 + max(sizes)]
     logits, cache = run_steps(model, params, cache, tiny.tokens, sizes)
     np.testing.assert_allclose(logits, whole, **TOLERANCE)
 
@@ -210,7 +221,7 @@ def test_growing_in_the_middle_changes_nothing(tiny, windowed):
     grown = small.grow(8, model.config)
     second, grown = run_steps(model, params, grown, tiny.tokens[:, 3:], (1,) * 5)
     last = grown.grow(T, model.config)
-    assert [a.shape[1] for a in last.keys] == [4, T, 4]
+    assert [a.shape[2] for a in last.keys] == [4, T, 4]
     third, _ = run_steps(model, params, last, tiny.tokens[:, 8:], (1,) * 4)
     np.testing.assert_allclose(np.concatenate([first, second, third], 1), whole, **TOLERANCE)
 
@@ -236,7 +247,7 @@ def test_eight_bit_storage_is_close_and_a_quarter_of_the_bytes(tiny, windowed, w
 
 def test_int8_rounds_each_heads_vector_by_its_largest_number():
     vectors = jnp.array([[127.0, -63.4, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]).reshape(1, 2, 1, 4)
-    empty = kv.Int8(jnp.zeros((1, 2, 1, 4), jnp.int8), jnp.zeros((1, 2, 1, 1)))
+    empty = kv.Int8(jnp.zeros((1, 1, 2, 4), jnp.int8), jnp.zeros((1, 1, 2, 1)))
     kept = kv.write(empty, vectors, jnp.array([0]), ring=False)
     np.testing.assert_array_equal(kept.values[0, 0, 0], [127, -63, 0, 1])
     np.testing.assert_array_equal(kv.read(kept, jnp.float32)[0, 1], 0)

@@ -3,6 +3,9 @@
 A windowed layer keeps a ring of its window plus `chunk` - 1 slots: token p lies in slot p modulo
 the ring's size, so that writing up to `chunk` tokens overwrites no key that they still see. Every
 other layer has a slot for each token up to the capacity.
+
+A buffer has its heads before its slots, as the products of attention read it: the other way round a
+CPU would copy all keys and values at every step. What goes in and comes out is [B, S, K, d].
 """
 
 import dataclasses
@@ -21,11 +24,11 @@ from tokjax.models.config import ModelConfig
 class Int8:
     """Numbers kept as 8-bit integers, with a scale for each head's vector (absmax / 127)."""
 
-    values: Int[Array, "B S K d"]
-    scale: Float[Array, "B S K 1"]
+    values: Int[Array, "B K S d"]
+    scale: Float[Array, "B K S 1"]
 
 
-Buffer = jax.Array | Int8
+Buffer = jax.Array | Int8  # [B K S d]
 
 
 @struct.dataclass
@@ -35,7 +38,7 @@ class Cache:
     Attributes:
         keys: one buffer per layer (separate, so that each is updated in place).
         values: like keys.
-        mixed: with a token mixer, its inputs in each layer, as [B, S, 1, D]; else empty.
+        mixed: with a token mixer, its inputs in each layer, as those of one head; else empty.
         lengths: number of tokens seen in each row; nothing that counts lies beyond them.
         capacity: most tokens a row may have.
         chunk: most tokens that one pass may add; ring buffers can also undo that many.
@@ -106,11 +109,11 @@ def init_cache(
     dtype = jnp.dtype(config.dtype if dtype is None else dtype)
     slots = ring_slots(config, capacity, chunk)
 
-    def empty(n: int, heads: int, width: int, dtype: Any) -> Buffer:
+    def empty(n: int, heads: int, size: int, dtype: Any) -> Buffer:
         if dtype == jnp.int8:
-            scale = jnp.zeros((batch, n, heads, 1), jnp.float32)
-            return Int8(jnp.zeros((batch, n, heads, width), jnp.int8), scale)
-        return jnp.zeros((batch, n, heads, width), dtype)
+            scale = jnp.zeros((batch, heads, n, 1), jnp.float32)
+            return Int8(jnp.zeros((batch, heads, n, size), jnp.int8), scale)
+        return jnp.zeros((batch, heads, n, size), dtype)
 
     def per_layer() -> tuple[Buffer, ...]:
         return tuple(empty(n, config.kv_heads, config.head_width, dtype) for n in slots)
@@ -157,13 +160,13 @@ def fill(
 
 
 def _fill(buffer: Buffer, new: jax.Array, lengths: jax.Array) -> Buffer:
-    slots = _width(buffer)
+    slots = width(buffer)
     if new.shape[1] > slots:
         # A ring shorter than the prompt keeps each row's latest tokens.
         at = jnp.maximum(token_of_slot(slots, lengths), 0)[:, :, None, None]
         new = jnp.take_along_axis(new, at, axis=1)
     packed = _pack(buffer, new)
-    return jax.tree.map(lambda old, a: old.at[:, : a.shape[1]].set(a), buffer, packed)
+    return jax.tree.map(lambda old, a: old.at[:, :, : a.shape[2]].set(a), buffer, packed)
 
 
 def write(
@@ -176,18 +179,17 @@ def write(
     """
     slots = start[:, None] + jnp.arange(new.shape[1])
     if ring:
-        slots = slots % _width(buffer)
-    rows = jnp.arange(new.shape[0])[:, None]
-    return jax.tree.map(
-        lambda old, a: old.at[rows, slots].set(a, mode="drop"), buffer, _pack(buffer, new)
-    )
+        slots = slots % width(buffer)
+    rows, heads = jnp.arange(new.shape[0]), jnp.arange(new.shape[2])
+    at = (rows[:, None, None], heads[:, None], slots[:, None])
+    return jax.tree.map(lambda old, a: old.at[at].set(a, mode="drop"), buffer, _pack(buffer, new))
 
 
 def read(buffer: Buffer, dtype: Any) -> Float[Array, "B S K d"]:
     """Returns the buffer's contents."""
     if isinstance(buffer, Int8):
-        return (buffer.values.astype(jnp.float32) * buffer.scale).astype(dtype)
-    return buffer.astype(dtype)
+        buffer = buffer.values.astype(jnp.float32) * buffer.scale
+    return buffer.astype(dtype).swapaxes(1, 2)
 
 
 def token_of_slot(slots: int, lengths: Int[Array, "B"]) -> Int[Array, "B S"]:
@@ -201,9 +203,25 @@ def latest(
 ) -> tuple[Float[Array, "B R K d"], Bool[Array, "B R"]]:
     """Returns each row's last `count` tokens and which of them exist."""
     at = lengths[:, None] - count + jnp.arange(count)
-    rows = jnp.arange(lengths.shape[0])[:, None]
-    kept = jax.tree.map(lambda a: a[rows, jnp.maximum(at, 0)], buffer)
+    slots = jnp.maximum(at, 0)[:, None, :, None]
+    kept = jax.tree.map(lambda a: jnp.take_along_axis(a, slots, axis=2), buffer)
     return read(kept, dtype), at >= 0
+
+
+def moved(cache: Cache, source: Int[Array, "B"], target: Int[Array, "B"]) -> Cache:
+    """Returns the cache with each row's token `source` also as its token `target`.
+
+    For buffers that are no rings.
+    """
+    heads = jnp.arange(jax.tree.leaves(cache.keys)[0].shape[1])
+    rows = jnp.arange(source.shape[0])[:, None]
+
+    def copied(a: jax.Array) -> jax.Array:
+        return a.at[rows, heads, target[:, None]].set(a[rows, heads, source[:, None]])
+
+    return dataclasses.replace(
+        cache, keys=jax.tree.map(copied, cache.keys), values=jax.tree.map(copied, cache.values)
+    )
 
 
 def fork(cache: Cache, copies: int) -> Cache:
@@ -211,12 +229,14 @@ def fork(cache: Cache, copies: int) -> Cache:
     return jax.tree.map(lambda a: jnp.repeat(a, copies, axis=0), cache)
 
 
-def _width(buffer: Buffer) -> int:
-    return jax.tree.leaves(buffer)[0].shape[1]
+def width(buffer: Buffer) -> int:
+    """Returns the number of slots."""
+    return jax.tree.leaves(buffer)[0].shape[2]
 
 
 def _pack(buffer: Buffer, new: jax.Array) -> Buffer:
-    """Returns new entries in the form in which the buffer keeps its own."""
+    """Returns new entries [B T K d] in the form in which the buffer keeps its own."""
+    new = new.swapaxes(1, 2)
     if not isinstance(buffer, Int8):
         return new.astype(buffer.dtype)
     wide = new.astype(jnp.float32)
@@ -226,5 +246,5 @@ def _pack(buffer: Buffer, new: jax.Array) -> Buffer:
 
 
 def _pad(buffer: Buffer, slots: int) -> Buffer:
-    extra = slots - _width(buffer)
-    return jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, extra), (0, 0), (0, 0))), buffer)
+    extra = slots - width(buffer)
+    return jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, extra), (0, 0))), buffer)

@@ -243,7 +243,7 @@ def self_attention(
 def _extend(cached: LayerCache, k: jax.Array, v: jax.Array):
     """Returns the buffers with new keys and values, their contents, and the place of each slot."""
     B, T = k.shape[:2]
-    slots = jax.tree.leaves(cached.keys)[0].shape[1]
+    slots = kv.width(cached.keys)
     ring = slots < cached.capacity
     keys = kv.write(cached.keys, k, cached.lengths, ring=ring)
     values = kv.write(cached.values, v, cached.lengths, ring=ring)
