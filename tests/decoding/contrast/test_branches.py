@@ -59,7 +59,7 @@ def test_branches_equal_separate_passes_and_only_the_intact_key_stays(model, row
         if window is None:  # a ring's slots are elsewhere
             for b, n in enumerate(ours.lengths):
                 np.testing.assert_allclose(
-                    ours.keys[layer][b, :n], intact.keys[layer][b, :n], atol=1e-5
+                    ours.keys[layer][b, :, :n], intact.keys[layer][b, :, :n], atol=1e-5
                 )
 
 

@@ -146,7 +146,7 @@ def test_damaged_keys_never_enter_the_cache(lm, rows):
     assert cache.lengths.tolist() == [len(row) + 2 for row in rows]
     for ours, theirs in zip(cache.keys + cache.values, intact.keys + intact.values, strict=True):
         for b, n in enumerate(intact.lengths):
-            np.testing.assert_allclose(ours[b, :n], theirs[b, :n], atol=1e-5)
+            np.testing.assert_allclose(ours[b, :, :n], theirs[b, :, :n], atol=1e-5)
 
     # Written to the cache, damaged keys would be read by later rows: damage in all rows since the
     # prompt's last is what a damaged pass with a cache of its own computes.

@@ -21,6 +21,7 @@ from tokjax.decoding.transforms import Transform, chain
 from tokjax.decoding.transforms.base import check_transform, column, setting
 from tokjax.decoding.transforms.truncation import entropy
 from tokjax.errors import ConfigError
+from tokjax.models import cache as kv
 from tokjax.models.cache import Cache
 from tokjax.models.transformer import Transformer
 from tokjax.parallel.rules import constrain
@@ -234,14 +235,4 @@ def _largest_cosine(
 def _kept(cache: Cache | None, lengths: Int[Array, "B"], chosen: Int[Array, "B"]) -> Cache:
     """Returns the cache behind a pass with the chosen candidate's entries as the only new ones."""
     assert cache is not None
-    rows = jnp.arange(lengths.shape[0])
-
-    def moved(buffer: Array) -> Array:
-        return buffer.at[rows, lengths].set(buffer[rows, lengths + chosen])
-
-    return dataclasses.replace(
-        cache,
-        keys=jax.tree.map(moved, cache.keys),
-        values=jax.tree.map(moved, cache.values),
-        lengths=lengths + 1,
-    )
+    return dataclasses.replace(kv.moved(cache, lengths + chosen, lengths), lengths=lengths + 1)
