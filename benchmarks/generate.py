@@ -71,9 +71,9 @@ def _tokjax_worker(args, folder, pipe) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from tokjax.decoding import Prompts, decode
+    from tokjax.decoding import Prompts, decode, prepare
     from tokjax.decoding.contrast import dola, layercake, sh2
-    from tokjax.models import ModelConfig, Transformer, huggingface, parameters
+    from tokjax.models import ModelConfig, Transformer, huggingface
     from tokjax.models.config import with_dtypes
 
     if folder is None:
@@ -85,9 +85,8 @@ def _tokjax_worker(args, folder, pipe) -> None:
         params = jax.jit(model.init)(jax.random.key(0))
     else:
         model, params = huggingface.load(folder)
-    # Taken apart once, as one who generates again and again does.
-    params = parameters.unstack(params)
     size = sum(p.nbytes for p in jax.tree.leaves(params))
+    params = prepare(model, params)  # once, as one who generates again and again does
     # A fourth of the machine's last-level caches would be too small to measure the memory.
     room = jnp.ones(2**28 if jax.default_backend() == "gpu" else 2**27, jnp.float32)
     total = jax.jit(jnp.sum)

@@ -21,6 +21,7 @@ from tokjax.decoding import (
     min_p,
     never,
     on_tokens,
+    prepare,
     repetition_penalty,
     temperature,
     top_k,
@@ -134,6 +135,19 @@ def test_unstacked_parameters_give_the_same_text(params):
     unstacked = decode(MODEL, parameters.unstack(params), prompts, max_new_tokens=30)
     assert unstacked.rows() == stacked.rows()
     np.testing.assert_allclose(unstacked.logprobs, stacked.logprobs, atol=1e-5)
+
+
+def test_prepared_parameters_give_the_same_text_and_are_not_prepared_again(params):
+    prompts = Prompts.of(ROWS)
+    prepared = prepare(MODEL, params)
+    for form in (params, parameters.unstack(params), prepared):
+        again = prepare(MODEL, form)
+        assert jax.tree.structure(again) == jax.tree.structure(prepared)
+        jax.tree.map(np.testing.assert_array_equal, again, prepared)
+    ours = decode(MODEL, prepared, prompts, max_new_tokens=30)
+    plain = decode(MODEL, params, prompts, max_new_tokens=30)
+    assert ours.rows() == plain.rows()
+    np.testing.assert_array_equal(ours.logprobs, plain.logprobs)
 
 
 def test_a_rows_text_does_not_depend_on_the_rows_beside_it(params):

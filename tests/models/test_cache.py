@@ -70,9 +70,7 @@ def test_rewinding_forgets_what_came_after(tiny, step, whole):
 
 def test_room_beyond_the_lengths_changes_nothing(tiny, step):
     _, cache = step(tiny.model.init_cache(B, T), tiny.tokens[:, :7])
-    garbage = jax.tree.map(
-        lambda a: jnp.where(jnp.arange(T)[:, None] < 7, a, 1e3), cache.keys
-    )
+    garbage = jax.tree.map(lambda a: jnp.where(jnp.arange(T)[:, None] < 7, a, 1e3), cache.keys)
     dirty = cache.replace(keys=garbage)
     for a, b in zip(*(step(c, tiny.tokens[:, 7:8])[0] for c in (cache, dirty)), strict=True):
         np.testing.assert_array_equal(a, b)

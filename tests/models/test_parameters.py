@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokjax.models import ModelConfig, parameters
+from tokjax.models import ModelConfig, Transformer, lora, parameters
 from tokjax.models.cost import forward_flops, training_flops, tree_bytes
+from tokjax.models.lora import LoraConfig
+from tokjax.models.quantized import quantize
 
 SMALL = ModelConfig(vocab_size=500, d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=96)
 
@@ -118,3 +120,49 @@ def test_bytes_of_a_tree_leave_keys_of_random_numbers_out():
     tree = {"a": jnp.zeros((3, 4)), "b": jnp.zeros(5, jnp.bfloat16), "key": jax.random.key(0)}
     assert tree_bytes(tree) == 3 * 4 * 4 + 5 * 2
     assert tree_bytes(jax.eval_shape(lambda: tree)) == 3 * 4 * 4 + 5 * 2
+
+
+FORMS = {
+    "plain": {},
+    "biases": {"attention_bias": True, "out_bias": True, "mlp_bias": True},
+    "no bias of keys": {"attention_bias": True, "key_bias": False},
+    "no gate": {"gated": False, "activation": "gelu"},
+    "norms of heads": {"qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("apart", [False, True], ids=["stacked", "unstacked"])
+def test_joined_matrices_compute_what_they_do_apart(form, apart):
+    model = Transformer(dataclasses.replace(SMALL, **FORMS[form]))
+    params = jax.jit(model.init)(jax.random.key(0))
+    # Biases begin at 0, which would hide where they go.
+    params = jax.tree.map(
+        lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params
+    )
+    params = parameters.unstack(params) if apart else params
+    fused = parameters.fuse(params)
+    attention = (fused["layers"][0] if apart else fused["layers"])["attention"]
+    assert "query_key_value" in attention and "query" not in attention
+    tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, 500)
+    run = jax.jit(lambda p: model(p, tokens)[0])
+    np.testing.assert_allclose(run(fused), run(params), rtol=2e-5, atol=2e-5)
+    assert jax.tree.structure(parameters.fuse(fused)) == jax.tree.structure(fused)
+
+
+def test_adapted_matrices_stay_apart_and_quantised_ones_are_joined():
+    model = Transformer(SMALL)
+    params = jax.jit(model.init)(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, 500)
+    adapted, with_adapters = lora.on(model, params, LoraConfig(), jax.random.key(2))
+    fused = parameters.fuse(with_adapters)
+    assert "query" in fused["layers"]["attention"] and "gate_up" in fused["layers"]["mlp"]
+    np.testing.assert_allclose(
+        adapted(fused, tokens)[0], adapted(with_adapters, tokens)[0], rtol=2e-5, atol=2e-5
+    )
+    quantised = quantize(params)
+    fused = parameters.fuse(quantised)
+    assert fused["layers"]["attention"]["query_key_value"].values.shape == (3, 64, 128)
+    np.testing.assert_allclose(
+        model(fused, tokens)[0], model(quantised, tokens)[0], rtol=2e-5, atol=2e-5
+    )

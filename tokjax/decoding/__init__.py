@@ -8,6 +8,7 @@ from tokjax.decoding.predictors import (
     ModelPredictor,
     Predictor,
     StepOutput,
+    prepare,
 )
 from tokjax.decoding.prompts import Prompts
 from tokjax.decoding.samplers import Sampler, categorical, greedy
@@ -66,6 +67,7 @@ __all__ = [
     "never",
     "no_repeat_ngram",
     "on_tokens",
+    "prepare",
     "repetition_penalty",
     "sequence_bias",
     "suppress",

@@ -1,11 +1,12 @@
 """The parts of a block: norms, attention and feed-forward, as functions of their weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -14,7 +15,7 @@ from tokjax.models import cache as kv
 from tokjax.models.config import ModelConfig
 from tokjax.models.lora import A as lora_a
 from tokjax.models.lora import B as lora_b
-from tokjax.models.parameters import NORMS, Parameter
+from tokjax.models.parameters import FUSED, NORMS, Parameter
 from tokjax.models.quantized import Int8Matrix
 from tokjax.models.rotary import Tables, rotate
 from tokjax.parallel.rules import current_mesh_shape
@@ -104,9 +105,24 @@ class Part(nn.Module):
         param_dtype = jnp.dtype(self.config.param_dtype)
         found = {
             name: self.param(name, lambda key, p=p: p.initialise(key, param_dtype))
-            for name, p in self.table.items()
+            for name, p in self._table().items()
         }
         return ready(self.config, found)
+
+    def _table(self) -> dict[str, Parameter]:
+        """Returns the table of what there is: matrices may have been joined (`parameters.fuse`)."""
+        table = dict(self.table)
+        for fused, parts in FUSED.items():
+            if not self.has_variable("params", fused):
+                continue
+            for ending in ("", "_bias"):
+                apart = [table.pop(f"{p}{ending}", None) for p in parts]
+                if not self.has_variable("params", fused + ending):
+                    continue
+                (*rows, _), axes = next((p.shape, p.axes) for p in apart if p is not None)
+                width = sum(self.table[p].shape[-1] for p in parts)
+                table[fused + ending] = Parameter((*rows, width), axes, 0)
+        return table
 
 
 def ready(config: ModelConfig, parameters: Weights) -> dict[str, jax.Array]:
@@ -177,6 +193,22 @@ def linear(w: Weights, name: str, x: Float[Array, "B T N"]) -> Float[Array, "B T
     return y if bias is None else y + bias
 
 
+def side_by_side(
+    w: Weights, fused: str, widths: Sequence[int], x: Float[Array, "B T N"]
+) -> list[jax.Array]:
+    """Returns x times each of the matrices that may be joined as `fused`; see `linear`.
+
+    Args:
+        w: the part's weights.
+        fused: a name of `parameters.FUSED`.
+        widths: of what each matrix gives.
+        x: what they read.
+    """
+    if fused not in w:
+        return [linear(w, name, x) for name in FUSED[fused]]
+    return jnp.split(linear(w, fused, x), np.cumsum(widths)[:-1].tolist(), axis=-1)
+
+
 def heads(
     config: ModelConfig, w: Weights, name: str, x: Float[Array, "B T D"]
 ) -> Float[Array, "B T H d"]:
@@ -196,7 +228,9 @@ def self_attention(
 ) -> tuple[Float[Array, "B T D"], tuple[kv.Buffer, kv.Buffer] | None]:
     """Returns what attention says of normed x, and the layer's new key and value buffers."""
     B, T, _ = x.shape
-    q, k, v = (heads(config, w, name, x) for name in ("query", "key", "value"))
+    widths = [n * config.head_width for n in (config.n_heads, config.kv_heads, config.kv_heads)]
+    found = side_by_side(w, "query_key_value", widths, x)
+    q, k, v = (each.reshape(B, T, -1, config.head_width) for each in found)
     if config.qk_norm:
         q, k = norm(config, w, q, "query_norm"), norm(config, w, k, "key_norm")
     if context.rotary is not None:
@@ -286,7 +320,8 @@ def feed_forward(
     """
     activation = ACTIVATIONS[config.activation]
     if config.gated:
-        hidden = activation(linear(w, "gate", x)) * linear(w, "up", x)
+        gate, up = side_by_side(w, "gate_up", [config.ff_width] * 2, x)
+        hidden = activation(gate) * up
     else:
         hidden = activation(linear(w, "up", x))
     return linear(w, "down", site("mlp_hidden", hidden))

@@ -256,6 +256,46 @@ def stack(params: Params) -> dict[str, Any]:
     return _each_stack(params, together)
 
 
+# Matrices that read the same input, and what they are called where they are joined to one.
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "query_key_value": ("query", "key", "value"),
+    "gate_up": ("gate", "up"),
+}
+
+
+def fuse(params: Params) -> dict[str, Any]:
+    """Returns the parameters with matrices that read the same input joined to one: fewer and
+    larger products, which decoding is faster by.
+
+    Every function of the model takes them. Matrices with adapters stay apart, and so do those of
+    cross-attention. Training and checkpoints want them apart.
+    """
+
+    def joined(part: Params) -> dict[str, Any]:
+        found = dict(part)
+        for name, parts in FUSED.items():
+            if not all(p in found for p in parts) or any(f"{p}{lora_a}" in found for p in parts):
+                continue
+            matrices = [found.pop(p) for p in parts]
+            biases = [found.pop(f"{p}_bias", None) for p in parts]
+            if any(bias is not None for bias in biases):
+                widths = [jax.tree.leaves(m)[0].shape[-1] for m in matrices]
+                like = next(bias for bias in biases if bias is not None)
+                zeros = [jnp.zeros((*like.shape[:-1], width), like.dtype) for width in widths]
+                filled = [z if b is None else b for z, b in zip(zeros, biases, strict=True)]
+                found[f"{name}_bias"] = jnp.concatenate(filled, axis=-1)
+            found[name] = jax.tree.map(lambda *m: jnp.concatenate(m, axis=-1), *matrices)
+        return found
+
+    def of_block(block: Params) -> dict[str, Any]:
+        return {n: joined(w) if n in ("attention", "mlp") else w for n, w in block.items()}
+
+    def of_layers(layers: Any) -> Any:
+        return tuple(map(of_block, layers)) if isinstance(layers, tuple) else of_block(layers)
+
+    return _each_stack(params, of_layers)
+
+
 def _each_stack(params: Params, change: Callable[[Any], Any]) -> dict[str, Any]:
     """Returns the parameters with the layers changed, those of an encoder and a decoder each."""
     if "layers" in params:

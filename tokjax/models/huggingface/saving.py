@@ -70,9 +70,7 @@ def save(
     if getattr(model.config, "lora", None) is not None:
         raise ConfigError("the model has adapters: merge them (lora.merge), or save them alone")
     if is_quantized(params):
-        raise ConfigError(
-            "the parameters are int8: save quantized.dequantize(params)"
-        )
+        raise ConfigError("the parameters are int8: save quantized.dequantize(params)")
     fields = config_to_fields(model.config)
     if folder.exists() and not overwrite and (folder.is_file() or any(folder.iterdir())):
         raise StorageError(f"{folder} exists already: choose another folder, or overwrite=True")
