@@ -4,14 +4,15 @@
 
 The model is a Llama of 1.0B parameters (width 2048, 16 layers, vocabulary 32,768) with fresh
 weights. Printed as JSON, one object a part:
-    train   bfloat16 step with float32 master weights, AdamW, 16 rows of 2,048 tokens: share of the matmul
-            peak (MFU, of 6 operations a parameter and token plus attention), for each kernel
+    train   bfloat16 step with float32 master weights, AdamW, 16 rows of 2,048 tokens: share of the
+            matmul peak (MFU, of 6 operations a parameter and token plus attention), by kernel
     decode  greedy, batch 1 and 8, weights in bfloat16 and int8: share of the memory bandwidth
             (every weight and the cache read once a step)
     long    most memory in a gradient of the loss, by length of the row, over what parameters and
             gradients take
 Peak and bandwidth are those of a product of two 8192 x 8192 bfloat16 matrices (the median) and of a
-sum over 4 GiB (the fastest of 30), between the measurements. `--small` tries every part with a tiny model.
+sum over 4 GiB (the fastest of 30), between the measurements. `--small` tries every part with a tiny
+model.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The command line that writes texts: one prompt, files, stops and resumption."""
 
 import json
+import re
 
 import jax
 import pytest
@@ -113,3 +114,54 @@ def test_a_bad_line_is_named(tmp_path, capsys, line):
     words = ("--model=nowhere", f"--prompts={file}", f"--out={tmp_path / 'out'}")
     code, shown = run(capsys, *words)
     assert (code, f"{file}:2" in shown.err) == (3, True)
+
+
+def test_what_is_printed_as_it_is_written_is_the_same(folder, capsys):
+    words = (f"--model={folder}", "--prompt=the cat", "--max_new_tokens=12", "--temperature=1")
+    words += ("--samples=2",)
+    code, shown = run(capsys, *words)
+    assert run(capsys, *words, "--stream") == (code, shown)
+    assert run(capsys, *words, "--no-stream") == (code, shown)
+    code, shown = run(capsys, f"--model={folder}", "--prompts=a", "--out=b", "--stream")
+    assert (code, "--stream is for --prompt" in shown.err) == (2, True)
+
+
+def test_constraints_are_flags(folder, tmp_path, capsys):
+    pytest.importorskip("outlines_core", reason="the extra 'constrained' is not installed")
+    words = (f"--model={folder}", "--prompt=the", "--max_new_tokens=24", "--temperature=1")
+    assert re.fullmatch("[0-9]{3}\n", run(capsys, *words, "--regex=[0-9]{3}")[1].out)
+    assert run(capsys, *words, "--choices=cat,dog")[1].out in ("cat\n", "dog\n")
+    assert run(capsys, *words, '--choices=["a, b"]')[1].out == "a, b\n"
+    schema = '{"type": "integer", "minimum": 5, "maximum": 7}'
+    (tmp_path / "schema.json").write_text(schema)
+    for given in (schema, tmp_path / "schema.json"):
+        assert run(capsys, *words, f"--json_schema={given}")[1].out in ("5\n", "6\n", "7\n")
+    for flags, message in (
+        (("--regex=a", "--choices=b"), "--regex or --choices"),
+        (("--json_schema=nowhere.json",), "give a file, or JSON"),
+        (("--choices=[",), "no valid JSON list"),
+    ):
+        code, shown = run(capsys, "--model=nowhere", "--prompt=a", *flags)
+        assert (code, message in shown.err) == (2, True)
+
+
+def test_strategies_have_options_and_files_remember_them(folder, prompts, tmp_path, capsys):
+    common = (f"--model={folder}", f"--prompts={prompts}", "--max_new_tokens=4")
+    guided = (*common, f"--out={tmp_path / 'out'}", "--strategy=guided", "--option.weight=3.0")
+    assert run(capsys, *guided)[0] == 0
+    assert run(capsys, *guided)[0] == 0
+    other = tuple(w.replace("3.0", "2.0") for w in guided)
+    for words in (other, guided[:-1]):
+        code, shown = run(capsys, *words)
+        assert (code, "choose another --out" in shown.err) == (2, True)
+    for flags, message in (
+        (("--strategy=guidde",), "Did you mean 'guided'"),
+        (("--strategy=guided", "--option.wieght=1"), "Did you mean 'weight'"),
+        (("--option.temperature=1",), "write --temperature"),
+        (("--option=3",), "write --option.KEY=VALUE"),
+        (("--option.a=1", "--option.a=2"), "--option.a is given twice"),
+    ):
+        code, shown = run(capsys, f"--model={folder}", "--prompt=a", *flags)
+        assert (code, message in shown.err) == (2, True), shown.err
+    code, shown = run(capsys, "--help")
+    assert (code, "[--option.KEY=...]" in shown.out) == (0, True)

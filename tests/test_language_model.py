@@ -445,3 +445,84 @@ def test_strategies_by_name(lm):
 def test_strategies_that_do_not_exist_are_refused(lm, settings, message):
     with pytest.raises(ConfigError, match=message):
         lm.generate(["ab"], **settings)
+
+
+def test_streamed_text_is_the_generated_text(lm):
+    settings = {"max_new_tokens": 40, "temperature": 1.5}
+    for seed in range(3):
+        expected = lm.generate(["ab"], seed=seed, **settings).texts[0]
+        assert "".join(lm.stream("ab", seed=seed, **settings)) == expected
+    prompts = ["ab", lm.encode("c"), "a longer prompt"]
+    expected = lm.generate(prompts, stop=["e", "\ufffd"], **settings).texts
+    found = ["", "", ""]
+    for b, piece in lm.stream(prompts, stop=["e", "\ufffd"], **settings):
+        assert piece
+        found[b] += piece
+    assert found == expected
+    ids = "".join(lm.stream(lm.encode("ab"), **settings))
+    assert ids == lm.generate(["ab"], **settings).texts[0]
+    with pytest.raises(ConfigError, match="has no option 'temprature'"):
+        lm.stream("ab", temprature=1.0)  # before anything is read
+
+
+def test_leaving_a_stream_early_leaves_the_model_usable(lm):
+    stream = lm.stream("ab", max_new_tokens=40, temperature=1.0, stop=[])
+    next(stream)
+    stream.close()
+    assert lm.generate(["ab"], max_new_tokens=4).lengths[0] <= 4
+
+
+def test_constraints_hold_by_name(lm):
+    pytest.importorskip("outlines_core", reason="the extra 'constrained' is not installed")
+    settings = {"max_new_tokens": 24, "temperature": 1.0}
+    found = lm.generate(["a", "b"], regex="[0-9]{2}:[0-5]{2}", **settings).texts
+    assert all(re.fullmatch("[0-9]{2}:[0-5]{2}", text) for text in found)
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    for given in (schema, json.dumps(schema)):
+        for text in lm.generate(["a", "b"], json_schema=given, **settings).texts:
+            assert isinstance(json.loads(text)["n"], int)
+    assert set(lm.generate(["a", "b"], choices=["yes", "no"], **settings).texts) <= {"yes", "no"}
+    each = lm.generate(["a", "b", "c"], choices=[["x"], None, ["y", "yy"]], **settings).texts
+    assert each[0] == "x" and each[2] in ("y", "yy") and each[1] not in ("x", "y", "yy")
+    pieces = "".join(lm.stream("a", regex="\u00e9{3}", **settings))
+    assert pieces == "\u00e9\u00e9\u00e9"
+    guided = lm.generate(["a"], regex="[a-c]{5}", strategy="guided", weight=2.0, **settings)
+    assert re.fullmatch("[a-c]{5}", guided.texts[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"regex": "a", "choices": ["a"]}, "regex or choices, one of them"),
+        ({"regex": ["a", "b"]}, "2 constraints for 1 prompts"),
+        ({"regex": "a{50}", "max_new_tokens": 49}, "has 50 tokens: raise max_new_tokens=49"),
+        ({"json_schema": "{"}, "no valid JSON"),
+        ({"choices": []}, "choices"),
+    ],
+)
+def test_constraints_that_cannot_be_meant_are_refused(lm, settings, message):
+    pytest.importorskip("outlines_core", reason="the extra 'constrained' is not installed")
+    with pytest.raises(ConfigError, match=message):
+        lm.generate(["ab"], **settings)
+
+
+def test_the_ids_that_end_a_text_travel_with_the_model(lm, tmp_path):
+    lm.save(tmp_path / "one")
+    generation = json.loads((tmp_path / "one/generation_config.json").read_text())
+    assert generation["eos_token_id"] == lm.tokenizer.eos_id
+    assert tokjax.load(tmp_path / "one").stop_ids == ()
+
+    first = int(lm.generate(["ab"], max_new_tokens=1, stop=[]).tokens[0, 0])
+    more = LanguageModel(lm.model, lm.params, lm.tokenizer, stop_ids=(first,))
+    assert more.eos_ids == [lm.tokenizer.eos_id, first]
+    more.save(tmp_path / "two")
+    again = tokjax.load(tmp_path / "two")
+    assert again.stop_ids == (first,) and again.eos_ids == more.eos_ids
+    found = again.generate(["ab"], max_new_tokens=8)
+    assert found.lengths.tolist() == [1] and found.stopped.all()
+    # Where there is no generation_config.json, config.json says it; what the model has not is left.
+    (tmp_path / "two/generation_config.json").unlink()
+    config = json.loads((tmp_path / "two/config.json").read_text())
+    config["eos_token_id"] = [first, 10**6, lm.tokenizer.eos_id]
+    (tmp_path / "two/config.json").write_text(json.dumps(config))
+    assert tokjax.load(tmp_path / "two").stop_ids == (first,)

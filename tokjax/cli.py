@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from tokjax.config.files import load
-from tokjax.config.overrides import parse_typed
+from tokjax.config.overrides import parse_literal, parse_typed
 from tokjax.config.schema import type_name
 from tokjax.config.values import resolve
 from tokjax.errors import ConfigError, MemoryLimitError, StorageError, TokjaxError, nearest
@@ -61,7 +61,8 @@ class FlagSpec:
 
     Attributes:
       help: what it means, with the unit.
-      type: bool, int, float, str, a Literal, or one of these `| None`.
+      type: bool, int, float, str, a Literal, or one of these `| None`; or dict, of values given
+        as `--name.key=value`.
       default: the value without the flag.
       required: whether the flag must be given.
     """
@@ -104,7 +105,7 @@ def parse_args(
     """Returns the parsed command line (without the program's name).
 
     Flags are written `--name=value` or `--name value`, booleans also `--name` and `--no-name`.
-    Names are never abbreviated.
+    Names are never abbreviated. Of a flag of type dict each key is written `--name.key=value`.
 
     Args:
       argv: the words after the program's name.
@@ -116,7 +117,7 @@ def parse_args(
       ConfigError: an unknown, repeated or missing flag, or a value of the wrong type. With
         `--help` nothing is required.
     """
-    given: dict[str, str | bool] = {}
+    given: dict[str, Any] = {}
     overrides: list[str] = []
     positional: list[str] = []
     words = list(argv)
@@ -134,6 +135,13 @@ def parse_args(
             key = name.removeprefix("config.")
             overrides.append(f"{key}={value if equals else _next(words, word)}")
             continue
+        head, _, key = name.partition(".")
+        if key and head in flags and flags[head].type is dict:
+            keys = given.setdefault(head, {})
+            if key in keys:
+                raise ConfigError(f"--{name} is given twice; keep one")
+            keys[key] = parse_literal(value if equals else _next(words, word))
+            continue
         result: str | bool
         if name != "config" and name not in flags:
             negated = name.removeprefix("no-")
@@ -142,6 +150,8 @@ def parse_args(
                     f"unknown flag --{name}.{_nearest_flag(name, flags, needs_config)}"
                 )
             name, result = negated, False
+        elif name in flags and flags[name].type is dict:
+            raise ConfigError(f"--{name} takes keys: write --{name}.KEY=VALUE")
         elif equals:
             result = value
         else:
@@ -201,6 +211,7 @@ def help_text(
         usage += " --config=FILE[:ARGS] [--config.KEY=VALUE ...]"
     for name, flag in flags.items():
         word = f"--{name}" if _is_bool(flag) else f"--{name}=..."
+        word = f"--{name}.KEY=..." if flag.type is dict else word
         usage += f" {word}" if flag.required else f" [{word}]"
     lines = textwrap.wrap(usage, width, subsequent_indent=" " * 8)
     if description:
@@ -296,6 +307,8 @@ def _flag_value(name: str, flag: FlagSpec, given: Mapping[str, Any], wants_help:
             raise ConfigError(f"--{name} is missing: {flag.help}")
         return flag.default
     text = given[name]
+    if flag.type is dict:
+        return text
     if flag.required and text == "":
         raise ConfigError(f"--{name} is empty: {flag.help}")
     value = parse_typed(text, flag.type) if isinstance(text, str) else text

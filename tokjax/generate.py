@@ -2,6 +2,8 @@
 
     python -m tokjax.generate --model=smollm2-135m --prompt="The capital of Japan is"
     python -m tokjax.generate --model=runs/mine --prompts=in.jsonl --out=out.jsonl --temperature=0.8
+    python -m tokjax.generate --model=smollm2-135m --prompt="Rome? " --choices=yes,no
+    python -m tokjax.generate --model=runs/mine --prompt=Once --strategy=dola --option.layers=[2]
 
 A line of the file is a JSON string, or an object with `prompt` (text) or `messages` (a chat). The
 same command continues where it was stopped; a line's text depends on its number and the seed, not
@@ -10,6 +12,7 @@ on what was computed beside it.
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +36,20 @@ FLAGS = {
     "top_p": cli.FlagSpec("probability mass that may be drawn from", float, 1.0),
     "min_p": cli.FlagSpec("least probability over that of the likeliest token", float, 0.0),
     "repetition_penalty": cli.FlagSpec("1: none", float, 1.0),
+    "regex": cli.FlagSpec("expression that each whole text matches", str | None),
+    "json_schema": cli.FlagSpec("schema by which each text is valid: file or JSON", str | None),
+    "choices": cli.FlagSpec("texts to choose from: yes,no or a JSON list", str | None),
+    "strategy": cli.FlagSpec("whose predictions are sampled, as in lm.generate", str, "sample"),
+    "option": cli.FlagSpec("of the strategy, as --option.weight=1.5", dict, {}),
     "stop": cli.FlagSpec("text that ends a text; default the EOS token alone", str | None),
     "seed": cli.FlagSpec("of all randomness", int, 0),
+    "stream": cli.FlagSpec("print as it is written; default on a terminal", bool, None),
     "batch_size": cli.FlagSpec("texts written at a time", int, 8),
     "dtype": cli.FlagSpec("of the parameters; default as stored", str | None),
 }
-_SETTINGS = (*("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),)
+_SETTINGS = (
+    *("strategy", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,15 +72,19 @@ def main(argv: Sequence[str]) -> int:
         print(cli.help_text("tokjax.generate", __doc__, FLAGS, args=args))
         return 0
     _check(args)
+    constraint = _constraint(args)
     if args["prompts"] is None:
         prompt = [{"role": "user", "content": args["prompt"]}] if args["chat"] else args["prompt"]
         jobs = [_Job(0, sample, prompt) for sample in range(args["samples"])]
-        for texts in _written(args, jobs):
+        if sys.stdout.isatty() if args["stream"] is None else args["stream"]:
+            _show(args, jobs, constraint)
+            return 0
+        for texts in _written(args, jobs, constraint):
             for _, record in texts:
                 print(record["text"])
         return 0
     prompts = list(read_prompts(args["prompts"]))
-    out, run = Path(args["out"]), _digest(args, prompts)
+    out, run = Path(args["out"]), _digest(args, prompts, constraint)
     done = _done(out, run)
     jobs = [
         job
@@ -77,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
         for sample in range(args["samples"])
         if (job := _Job(index, sample, prompt)).key not in done
     ]
-    _write_all(args, jobs, out, run, len(done))
+    _write_all(args, jobs, constraint, out, run, len(done))
     print(f"{out}: {len(done) + len(jobs)} texts of {len(prompts)} prompts")
     return 0
 
@@ -118,6 +133,8 @@ def _check(args: cli.Arguments) -> None:
     for name in ("samples", "batch_size", "max_new_tokens"):
         if args[name] < 1:
             raise ConfigError(f"--{name}={args[name]} must be at least 1")
+    if args["stream"] and args["prompt"] is None:
+        raise ConfigError("--stream is for --prompt; texts of --prompts go to a file")
     if args["seed"] < 0:
         raise ConfigError(f"--seed={args['seed']} must not be negative")
     if args["samples"] > 1 and args["temperature"] == 0:
@@ -127,10 +144,37 @@ def _check(args: cli.Arguments) -> None:
         )
 
 
-def _digest(args: cli.Arguments, prompts: Sequence[Any]) -> str:
+def _constraint(args: cli.Arguments) -> dict[str, Any]:
+    """Returns what a text has to satisfy, as `LanguageModel.generate` takes it.
+
+    Raises:
+        ConfigError: there are several constraints, or one cannot be read.
+    """
+    given = [name for name in ("regex", "json_schema", "choices") if args[name] is not None]
+    if len(given) > 1:
+        raise ConfigError(f"give --{given[0]} or --{given[1]}, one of them")
+    if not given:
+        return {}
+    (name,), text = given, args[given[0]]
+    if name == "json_schema" and not text.lstrip().startswith("{"):
+        try:
+            text = Path(text).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--json_schema={text}: {error}; give a file, or JSON") from None
+    if name == "choices":
+        if not text.lstrip().startswith("["):
+            return {name: text.split(",")}
+        try:
+            return {name: json.loads(text)}
+        except ValueError as error:
+            raise ConfigError(f"--choices={text} is no valid JSON list: {error}") from None
+    return {name: text}
+
+
+def _digest(args: cli.Arguments, prompts: Sequence[Any], constraint: Mapping[str, Any]) -> str:
     """Returns what two runs that write into one file must share."""
-    names = ("model", "dtype", "seed", "samples", "stop", *_SETTINGS)
-    told = [{name: args[name] for name in names}, prompts]
+    names = ("model", "dtype", "seed", "samples", "stop", "option", *_SETTINGS)
+    told = [{name: args[name] for name in names}, constraint, prompts]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -163,7 +207,14 @@ def _done(out: Path, run: str) -> set[tuple[int, int]]:
     return done
 
 
-def _write_all(args: cli.Arguments, jobs: Sequence[_Job], out: Path, run: str, before: int) -> None:
+def _write_all(
+    args: cli.Arguments,
+    jobs: Sequence[_Job],
+    constraint: Mapping[str, Any],
+    out: Path,
+    run: str,
+    before: int,
+) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -174,7 +225,7 @@ def _write_all(args: cli.Arguments, jobs: Sequence[_Job], out: Path, run: str, b
     file = AppendFile(out)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("texts", total=before + len(jobs), completed=before)
-        for texts in _written(args, jobs):
+        for texts in _written(args, jobs, constraint):
             lines = [
                 json.dumps({"index": j.index, "sample": j.sample, **record, "run": run}) + "\n"
                 for j, record in texts
@@ -185,8 +236,22 @@ def _write_all(args: cli.Arguments, jobs: Sequence[_Job], out: Path, run: str, b
     file.close()
 
 
+def _show(args: cli.Arguments, jobs: Sequence[_Job], constraint: Mapping[str, Any]) -> None:
+    """Prints the texts of one prompt as they are written, one after the other."""
+    import tokjax
+
+    lm = tokjax.load(args["model"], dtype=args["dtype"])
+    for job in jobs:
+        found = lm.stream(
+            [_prompt(lm, job)], seeds=[_seed(args["seed"], job)], **_settings(lm, args, constraint)
+        )
+        for _, piece in found:
+            print(piece, end="", flush=True)
+        print()
+
+
 def _written(
-    args: cli.Arguments, jobs: Sequence[_Job]
+    args: cli.Arguments, jobs: Sequence[_Job], constraint: Mapping[str, Any]
 ) -> Iterator[list[tuple[_Job, Mapping[str, Any]]]]:
     """Yields batches of jobs with what was written."""
     if not jobs:
@@ -197,14 +262,13 @@ def _written(
     size = args["batch_size"]
     for first in range(0, len(jobs), size):
         batch = jobs[first : first + size]
-        prompts = [j.prompt if isinstance(j.prompt, str) else lm.chat(j.prompt) for j in batch]
+        prompts = [_prompt(lm, job) for job in batch]
         seeds = [_seed(args["seed"], job) for job in batch]
         fill = size - len(batch) if first else 0  # the last batch runs the program of the others
         found = lm.generate(
             [*prompts, *prompts[:1] * fill],
             seeds=[*seeds, *seeds[:1] * fill],
-            stop=None if args["stop"] is None else [*_eos(lm), args["stop"]],
-            **{name: args[name] for name in _SETTINGS},
+            **_settings(lm, args, constraint),
         )
         rows = []
         for i, job in enumerate(batch):
@@ -223,8 +287,18 @@ def _written(
         yield rows
 
 
-def _eos(lm: Any) -> list[int]:
-    return [] if lm.tokenizer.eos_id is None else [lm.tokenizer.eos_id]
+def _prompt(lm: Any, job: _Job) -> Any:
+    return job.prompt if isinstance(job.prompt, str) else lm.chat(job.prompt)
+
+
+def _settings(lm: Any, args: cli.Arguments, constraint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `LanguageModel.generate` takes besides prompts and seeds."""
+    settings = {name: args[name] for name in _SETTINGS}
+    for name in args["option"]:
+        if name in settings or name in ("seed", "seeds", "stop"):
+            raise ConfigError(f"--option.{name} is no option of a strategy: write --{name}")
+    stop = None if args["stop"] is None else [*lm.eos_ids, args["stop"]]
+    return {**settings, **constraint, **args["option"], "stop": stop}
 
 
 def _seed(seed: int, job: _Job) -> int:

@@ -13,10 +13,10 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tokjax import strategies
 from tokjax.data.tokenizers import Tokenizer, TokenizerConfig
-from tokjax.decoding.engine import decode
+from tokjax.decoding.constrained import TokenTable, choices, constrained, json_schema, regex
+from tokjax.decoding.engine import Generation, decode
 from tokjax.decoding.prompts import Prompts, bucket
 from tokjax.decoding.samplers import categorical
 from tokjax.decoding.stop_texts import TokenBytes, on_texts
 from tokjax.decoding.stops import Stop, any_of, on_tokens
+from tokjax.decoding.streaming import Callback
 from tokjax.decoding.text import continuation, sampling_transform
+from tokjax.decoding.text_stream import TextStream, cut, pieces
+from tokjax.decoding.transforms import Transform, chain
 from tokjax.errors import ConfigError
 from tokjax.models import checkpoints, huggingface
 from tokjax.models.config import with_dtypes
@@ -76,12 +80,14 @@ class LanguageModel:
         params: its parameters, stacked over layers.
         tokenizer: between text and ids.
         add_bos: whether the model expects the BOS id before every text.
+        stop_ids: ids that end a text besides the tokenizer's EOS, as the end of a turn may.
     """
 
     model: Transformer
     params: Mapping[str, Any]
     tokenizer: Tokenizer
     add_bos: bool = True
+    stop_ids: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         config, count = self.model.config, sum(p.size for p in jax.tree.leaves(self.params))
@@ -90,6 +96,12 @@ class LanguageModel:
             f"{config.n_layers} layers of width {config.d_model}, {self.tokenizer.title}, "
             f"add_bos={self.add_bos})"
         )
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The ids that end a text: the tokenizer's EOS, and the model's `stop_ids`."""
+        own = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+        return list(dict.fromkeys([*own, *self.stop_ids]))
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text as the model expects it, BOS included.
@@ -170,6 +182,9 @@ class LanguageModel:
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         stop: Iterable[int | str] | None = None,
+        regex: str | Sequence[str | None] | None = None,
+        json_schema: Any = None,
+        choices: Sequence[str] | Sequence[Sequence[str] | None] | None = None,
         strategy: str = "sample",
         **options: Any,
     ) -> Generated:
@@ -187,19 +202,105 @@ class LanguageModel:
             seed: of all randomness.
             seeds: one for each prompt, 0 to 2^32 - 1, instead of `seed`: a row's text then does not
                 depend on its place.
-            stop: ids, special tokens or texts that end a row; default the EOS token. A text ends
+            stop: ids, special tokens or texts that end a row; default `eos_ids`. A text ends
                 before it, its tokens are kept.
+            regex: an expression that each whole continuation matches, or one for each prompt (None
+                for none); needs the extra `constrained`, as `json_schema` does.
+            json_schema: a schema (a mapping, or JSON text) by which each continuation is valid
+                JSON, or a list of one for each prompt.
+            choices: texts of which each continuation is one, or a list of such for each prompt.
             strategy: whose predictions are sampled: the model's own (`sample`), or those of `dola`,
-                `layercake` or `guided` (classifier-free guidance).
+                `layercake` or `guided` (classifier-free guidance); see `tokjax.strategies`.
             options: of the strategy, such as `alpha` or `weight`; see the function of its name in
                 `tokjax.decoding.contrast`. LayerCake's token classes default to those of a
                 heuristic, `token_classes`; `negative` of `guided` may be a text.
 
         Raises:
             ConfigError: a setting is impossible, there is no prompt, one is empty and the model
-                expects no BOS, or prompt and new tokens exceed the model's positions.
+                expects no BOS, prompt and new tokens exceed the model's positions, or no text of
+                `max_new_tokens` satisfies a constraint.
             DataError: the tokenizer cannot hold a prompt exactly.
         """
+        plan = self._plan(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            seeds=seeds,
+            stop=stop,
+            regex=regex,
+            json_schema=json_schema,
+            choices=choices,
+            strategy=strategy,
+            **options,
+        )
+        found = jax.device_get(plan.decode())
+        longest = int(found.lengths.max())
+        rows = [row[:n].tolist() for row, n in zip(found.tokens, found.lengths, strict=True)]
+        texts = [continuation(self.tokenizer, p, n) for p, n in zip(plan.ids, rows, strict=True)]
+        return Generated(
+            texts=[cut(text, plan.ends) for text in texts],
+            tokens=found.tokens[:, :longest],
+            lengths=found.lengths,
+            stopped=found.stopped,
+            logprobs=found.logprobs[:, :longest],
+            entropies=found.entropies[:, :longest],
+        )
+
+    @overload
+    def stream(self, prompts: str, **settings: Any) -> Iterator[str]: ...
+
+    @overload
+    def stream(
+        self, prompts: Sequence[int] | Sequence[str | Sequence[int]], **settings: Any
+    ) -> Iterator[Any]: ...
+
+    def stream(self, prompts: Any, **settings: Any) -> Iterator[Any]:
+        """Returns an iterator over the pieces of a continuation, while it is being written.
+
+        Together they are the text that `generate` returns. Leaving the iterator ends the decode.
+
+        Args:
+            prompts: one prompt, a text or its ids, for pieces of text; or a list of prompts, for
+                pairs of a prompt's number and a piece.
+            settings: those of `generate`.
+
+        Raises:
+            ConfigError: as `generate`.
+            DataError: as `generate`.
+        """
+        one = isinstance(prompts, str) or (
+            len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
+        )
+        plan = self._plan([prompts] if one else prompts, **settings)
+        rows = [TextStream(self.tokenizer, ids, plan.ends) for ids in plan.ids]
+        found = pieces(plan.decode, rows)
+        return (piece for _, piece in found) if one else found
+
+    def _plan(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        stop: Iterable[int | str] | None = None,
+        regex: Any = None,
+        json_schema: Any = None,
+        choices: Any = None,
+        strategy: str = "sample",
+        **options: Any,
+    ) -> "_Plan":
+        """Returns what is to be decoded; see `generate`."""
         _check_list(prompts, "prompts")
         ids = [self.encode(p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
         stops, ends = self._stop(stop)
@@ -208,35 +309,25 @@ class LanguageModel:
         predictor, params = strategies.build(
             strategy, self.model, self.params, self.tokenizer, ids, options
         )
-        generation = decode(
-            predictor,
-            params,
-            Prompts.of(ids),
-            max_new_tokens=max_new_tokens,
-            transform=sampling_transform(
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-            ),
-            sampler=categorical(),
-            stop=stops,
-            key=jax.random.key(seed) if seeds is None else None,
-            seeds=seeds,
+        transform = sampling_transform(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
         )
-        found = jax.device_get(generation)
-        longest = int(found.lengths.max())
-        rows = [row[:n].tolist() for row, n in zip(found.tokens, found.lengths, strict=True)]
-        texts = [continuation(self.tokenizer, p, n) for p, n in zip(ids, rows, strict=True)]
-        return Generated(
-            texts=[min((t.split(end)[0] for end in ends), key=len, default=t) for t in texts],
-            tokens=found.tokens[:, :longest],
-            lengths=found.lengths,
-            stopped=found.stopped,
-            logprobs=found.logprobs[:, :longest],
-            entropies=found.entropies[:, :longest],
+        constraint = self._constraint(
+            len(ids), regex=regex, json_schema=json_schema, choices=choices
         )
+        settings = {
+            "max_new_tokens": max_new_tokens,
+            "transform": transform if constraint is None else chain(constraint, transform),
+            "sampler": categorical(),
+            "stop": stops,
+            "key": jax.random.key(seed) if seeds is None else None,
+            "seeds": seeds,
+        }
+        return _Plan(ids, ends, predictor, params, settings)
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, template: str | None = None
@@ -290,6 +381,7 @@ class LanguageModel:
             for name, content in (
                 ("tokenizer_config.json", settings),
                 ("config.json", {f"{role}_token_id": i for role, i in ids.items()}),
+                ("generation_config.json", _generation_config(self.eos_ids, ids)),
             ):
                 (Path(temporary) / name).write_text(json.dumps(content, indent=2) + "\n")
             huggingface.save(folder, self.model, self.params, source=temporary, overwrite=overwrite)
@@ -298,6 +390,33 @@ class LanguageModel:
     def _before(self) -> list[int]:
         bos = self.tokenizer.bos_id
         return [bos] if self.add_bos and bos is not None else []
+
+    @functools.cached_property
+    def _token_table(self) -> TokenTable:
+        size = self.model.config.vocabulary
+        return TokenTable.of(self.tokenizer, vocab_size=size, eos_ids=self.eos_ids)
+
+    def _constraint(self, count: int, **given: Any) -> Transform | None:
+        """Returns the transform of a constraint, None where there is none."""
+        kinds = [name for name, value in given.items() if value is not None]
+        if not kinds:
+            return None
+        if len(kinds) > 1:
+            raise ConfigError(f"give {' or '.join(kinds)}, one of them")
+        (kind,) = kinds
+        value: Any = given[kind]
+        table = self._token_table
+        one = isinstance(value, str | Mapping | bool) or (
+            kind == "choices" and all(isinstance(v, str) for v in value)
+        )
+        each: Any = (value,) if one else value
+        if not one and len(each) != count:
+            raise ConfigError(
+                f"{kind} has {len(each)} constraints for {count} prompts: give one for all, or one "
+                f"for each (None for none)"
+            )
+        build: Any = {"regex": regex, "json_schema": json_schema, "choices": choices}[kind]
+        return constrained([None if v is None else build(v, table) for v in each])
 
     @functools.cached_property
     def _token_bytes(self) -> TokenBytes:
@@ -309,7 +428,7 @@ class LanguageModel:
     def _stop(self, stop: Iterable[int | str] | None) -> tuple[Stop, list[str]]:
         """Returns the stop, and the texts among what was given."""
         if stop is None:
-            return on_tokens([] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]), []
+            return on_tokens(self.eos_ids), []
         if isinstance(stop, str):
             raise ConfigError(f"stop={stop!r} must be a list of ids or texts")
         special, given = self.tokenizer.special_tokens, list(stop)
@@ -318,6 +437,21 @@ class LanguageModel:
         if not texts:
             return on_tokens(ids), []
         return any_of(on_tokens(ids), on_texts(texts, self._token_bytes)), texts
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A decode that is ready to run, of prompts with these ids and texts with these ends."""
+
+    ids: list[list[int]]
+    ends: list[str]
+    predictor: Any
+    params: Any
+    settings: Mapping[str, Any]
+
+    def decode(self, stream: Callback | None = None) -> Generation:
+        prompts = Prompts.of(self.ids)
+        return decode(self.predictor, self.params, prompts, **self.settings, stream=stream)
 
 
 def load(
@@ -349,15 +483,44 @@ def load(
 
         file = read_gguf(found)
         tokenizer, add_bos = read_gguf_tokenizer(file), adds_bos(file)
+        ends = _gguf_ends(file)
     else:
         tokenizer, add_bos = _folder_tokenizer(found)
+        ends = _folder_ends(found)
     model, params = checkpoints.load(found, mesh=mesh, dtype=dtype)
     if not isinstance(model, Transformer) or not model.config.causal:
         raise ConfigError(
             f"{path_or_name} holds a model of the kind {type(model).__name__}, which continues no "
             f"text: load it by tokjax.models.load"
         )
-    return LanguageModel(model, params, tokenizer, add_bos)
+    size = model.config.vocabulary
+    more = tuple(i for i in ends if 0 <= i < size and i != tokenizer.eos_id)
+    return LanguageModel(model, params, tokenizer, add_bos, more)
+
+
+def _folder_ends(folder: Path) -> list[int]:
+    """Returns the ids that end a text by a checkpoint's folder: its generation_config.json's, or
+    else its config.json's.
+    """
+    for name in ("generation_config.json", "config.json"):
+        given = _json(folder / name).get("eos_token_id")
+        if given is not None:
+            ids = given if isinstance(given, list) else [given]
+            return [i for i in ids if isinstance(i, int)]
+    return []
+
+
+def _gguf_ends(file: Any) -> list[int]:
+    """Returns the ids that end a turn or a message by a GGUF file."""
+    keys = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+    return [i for key in keys if (i := file.get(key, int, None)) is not None]
+
+
+def _generation_config(eos_ids: list[int], ids: Mapping[str, int | None]) -> dict[str, Any]:
+    found: dict[str, Any] = {f"{role}_token_id": i for role, i in ids.items() if i is not None}
+    if eos_ids:
+        found["eos_token_id"] = eos_ids if len(eos_ids) > 1 else eos_ids[0]
+    return found
 
 
 def _from_run(workdir: Path, mesh: Mesh | None, dtype: str | None) -> LanguageModel:

@@ -101,6 +101,11 @@ class HuggingFaceTokenizer(Tokenizer):
                 table[i] = self._backend.decode([i], skip_special_tokens=False).encode()
         return table
 
+    @property
+    def decodes_by_bytes(self) -> bool:
+        """Whether the text of ids is that of their bytes one behind the other."""
+        return self._decodes_by_bytes
+
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of the ids; special ones give nothing, broken UTF-8 gives U+FFFD.
 

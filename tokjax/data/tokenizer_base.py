@@ -220,6 +220,11 @@ class Tokenizer(abc.ABC):
             return self._special_text.get(token_id, f"<id {token_id}>")
         return data.decode("utf-8", "backslashreplace")
 
+    @property
+    def decodes_by_bytes(self) -> bool:
+        """Whether the text of ids is that of their bytes one behind the other."""
+        return True
+
     def save(self, directory: Path) -> None:
         """Writes all that `Tokenizer.load` needs into `directory`.
 

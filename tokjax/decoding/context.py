@@ -24,6 +24,7 @@ class Context:
         logits: from which the token is taken (for a stop: from which `last` was taken), before
             any transform.
         signals: what else the predictor said with these logits, by name.
+        limits: each row's largest number of new tokens.
     """
 
     step: Int[Array, ""]
@@ -34,3 +35,4 @@ class Context:
     last_logprob: Float[Array, "B"] | None = None
     logits: Float[Array, "B V"] | None = None
     signals: Mapping[str, Shaped[Array, "B ..."]] = struct.field(default_factory=dict)
+    limits: Int[Array, "B"] | None = None

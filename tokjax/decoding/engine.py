@@ -15,7 +15,9 @@ from tokjax.decoding.predictors import Predictor, StepOutput, as_predictor
 from tokjax.decoding.prompts import Prompts, bucket
 from tokjax.decoding.samplers import Sampler, greedy, logprob_of
 from tokjax.decoding.stops import Stop, never
+from tokjax.decoding.streaming import Callback, receiver, send
 from tokjax.decoding.transforms import Transform, chain
+from tokjax.decoding.transforms.base import check_transform
 from tokjax.decoding.transforms.truncation import entropy
 from tokjax.errors import ConfigError, DataError
 from tokjax.parallel.rules import constrain
@@ -97,6 +99,7 @@ def decode(
     seeds: Any = None,
     key: Any = None,
     record: Mapping[str, Recorder] | None = None,
+    stream: Callback | None = None,
 ) -> Generation:
     """Returns continuations of the prompts, computed without a host round trip.
 
@@ -124,10 +127,14 @@ def decode(
             each row; the values come back in `Generation.recorded`. A function that holds arrays
             must be a `struct.dataclass`, like a stop; any other is part of the program: pass the
             same object again, or it is compiled again.
+        stream: called on the host right behind each token, with a `Streamed`; it must not call
+            JAX. What it raises ends the decode and is raised here. Another function compiles
+            nothing; without one, nothing is added to the program.
 
     Raises:
         ConfigError: a prompt without tokens; prompt and new tokens exceed the model's positions;
-            sizes that do not fit together; a sampler that draws without seeds and key.
+            sizes that do not fit together; a sampler that draws without seeds and key; a constraint
+            that no text of `max_new_tokens` satisfies.
         DataError: a prompt's id is not in the model's vocabulary.
     """
     predictor = as_predictor(model)
@@ -140,19 +147,24 @@ def decode(
         raise ConfigError(f"samples={samples} must be at least 1")
     limits = np.repeat(limits, samples)
     width = bucket(int(np.max(limits)))
-    return _run(
-        predictor,
-        width,
-        samples,
-        params,
-        prompts,
-        chain() if transform is None else transform,
-        sampler,
-        never() if stop is None else stop,
-        _row_keys(len(limits), seeds, key, needed=sampler.draws),
-        limits,
-        {name: _as_pytree(recorder) for name, recorder in (record or {}).items()},
-    )
+    transform = chain() if transform is None else transform
+    check_transform(transform, prompts, limits, predictor.vocab_size)
+    with receiver(stream) as number:
+        generation = _run(
+            predictor,
+            width,
+            samples,
+            params,
+            prompts,
+            transform,
+            sampler,
+            never() if stop is None else stop,
+            _row_keys(len(limits), seeds, key, needed=sampler.draws),
+            limits,
+            {name: _as_pytree(recorder) for name, recorder in (record or {}).items()},
+            number,
+        )
+        return generation if stream is None else jax.block_until_ready(generation)
 
 
 def _as_pytree(recorder: Recorder) -> Any:
@@ -233,7 +245,18 @@ _keys_from_key = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(
-    predictor, width, samples, params, prompts, transform, sampler, stop, keys, limits, record
+    predictor,
+    width,
+    samples,
+    params,
+    prompts,
+    transform,
+    sampler,
+    stop,
+    keys,
+    limits,
+    record,
+    number,
 ) -> Generation:
     prepared = predictor.prepare(params)
     state, out = predictor.init(prepared, prompts, prompts.tokens.shape[1] + width)
@@ -245,7 +268,15 @@ def _run(
     empty = jnp.zeros((B, width), jnp.float32)
     nobody = jnp.zeros(B, bool)
     written = jnp.zeros((B, width), jnp.int32)
-    context = Context(jnp.int32(0), last, written, nobody, prompts, jnp.zeros(B, jnp.float32))
+    context = Context(
+        step=jnp.int32(0),
+        last=last,
+        generated=written,
+        done=nobody,
+        prompts=prompts,
+        last_logprob=jnp.zeros(B, jnp.float32),
+        limits=limits,
+    )
     loop = _Loop(
         context=context,
         out=out,
@@ -261,7 +292,7 @@ def _run(
             for name, recorder in record.items()
         },
     )
-    take = partial(_take, transform, sampler, stop, keys, limits, record)
+    take = partial(_take, transform, sampler, stop, keys, record, number)
 
     def turn(loop: _Loop) -> _Loop:
         state, out = predictor.step(prepared, loop.predictor, loop.context.last)
@@ -295,7 +326,7 @@ def _room(width: int, of_step: Callable[[], jax.Array]) -> jax.Array:
     return jnp.zeros((value.shape[0], width, *value.shape[1:]), value.dtype)
 
 
-def _take(transform, sampler, stop, keys, limits, record, loop: _Loop) -> _Loop:
+def _take(transform, sampler, stop, keys, record, number, loop: _Loop) -> _Loop:
     """Returns the loop with one more token in each row that is not done."""
     context, step = loop.context, loop.context.step
     before = _with_step(context, loop.out)
@@ -319,8 +350,13 @@ def _take(transform, sampler, stop, keys, limits, record, loop: _Loop) -> _Loop:
     )
     after = _with_step(context, loop.out)
     ended = active & stop(after)
+    if hasattr(transform, "ends"):
+        ended |= active & transform.ends(transform_state, after)
+    done = context.done | ended | (step + 1 >= context.limits)
+    if number is not None:
+        done |= ~send(number, step, tokens, active, done)
     return loop.replace(  # type: ignore[attr-defined]
-        context=context.replace(done=context.done | ended | (step + 1 >= limits)),
+        context=context.replace(done=done),
         transform=transform_state,
         lengths=loop.lengths + active,
         stopped=loop.stopped | ended,

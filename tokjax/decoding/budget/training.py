@@ -1,8 +1,9 @@
 """Training a length predictor on a frozen language model, and judging it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from tokjax.decoding.budget.gamma import gamma_nll
 from tokjax.decoding.budget.predictor import LengthPredictor
+from tokjax.decoding.budget.resume import digest, read_state, sampled_digest, write_state
 from tokjax.decoding.budget.traces import remaining_lengths
 from tokjax.decoding.prompts import bucket
 from tokjax.errors import ConfigError, DataError, NonFiniteError
@@ -23,6 +25,7 @@ from tokjax.training.progress import Progress
 
 Rows = Sequence[Sequence[int]]
 _ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+_STORED_AT_ONCE = 16  # traces a pass of the model, where its states are stored
 _LATE = 2  # losses are read so many steps late, so that the device never waits for the host
 
 
@@ -38,6 +41,21 @@ class TraceBatch:
 
     tokens: Int[Array, "B T"]
     remaining: Int[Array, "B T"]
+
+
+@struct.dataclass
+class StateBatch:
+    """Labels, with the states that the predictor reads right before them.
+
+    Attributes:
+        states: of the frozen model.
+        tokens: ids.
+        remaining: as in `TraceBatch`.
+    """
+
+    states: Float[Array, "N S D"]
+    tokens: Int[Array, "N"]
+    remaining: Int[Array, "N"]
 
 
 @struct.dataclass
@@ -74,6 +92,10 @@ def train_predictor(
     max_length: int = 8192,
     seed: int = 0,
     start: Mapping[str, Any] | None = None,
+    remaining: Rows | None = None,
+    store_states: bool = False,
+    checkpoint: Path | str | None = None,
+    checkpoint_steps: int = 500,
     progress: bool = True,
 ) -> TrainedPredictor:
     """Returns a predictor of the remaining thinking length, trained beside the frozen model.
@@ -98,39 +120,84 @@ def train_predictor(
         max_length: longer rows are cut; their lengths count what is cut off.
         seed: of the initial parameters and the order.
         start: parameters to go on from, instead of initial ones.
+        remaining: for each row, tokens of thinking left at each of its tokens, itself included,
+            and 0 where there is no label; None counts them. Shuffled ones make a control.
+        store_states: compute the model's states once and keep them in host memory, 4 S D bytes a
+            label (S is 1 for `linear`, layers + 1 for `encoder`), so that a step costs the
+            predictor alone. The same up to rounding.
+        checkpoint: file that the training goes on from where it is there, with the same numbers
+            as without a stop; it is written every `checkpoint_steps` steps and at the end. The
+            model is recognised by a few values of each of its arrays.
+        checkpoint_steps: see `checkpoint`.
         progress: whether to show it.
 
     Raises:
-        ConfigError: the predictor was made for another model, or a setting is impossible.
+        ConfigError: the predictor was made for another model, a setting is impossible, or the
+            checkpoint is of a training that was told something else.
         DataError: no row has closed thinking, or an id is not in the vocabulary.
         NonFiniteError: a loss was not finite.
+        CheckpointError: the checkpoint is damaged.
+        StorageError: it cannot be read or written.
 
     Reference: Li et al., "Steering LLM Thinking with Budget Guidance", arXiv 2506.13752; Adam's
     constants and the clipping of gradients are the recommendation of tokjax.
     """
     predictor.check(model.config)
-    if min(batch_size, epochs) < 1 or not peak_lr > 0 or not 0 <= warmup_share <= 1:
+    if min(batch_size, epochs, checkpoint_steps) < 1:
         raise ConfigError(
-            f"batch_size={batch_size} and epochs={epochs} must be at least 1, peak_lr={peak_lr} "
-            f"positive and warmup_share={warmup_share} between 0 and 1"
+            f"batch_size={batch_size}, epochs={epochs} and checkpoint_steps={checkpoint_steps} "
+            f"must be at least 1"
         )
-    traces = label_rows(model, rows, think_start, think_end, max_length)
+    if not peak_lr > 0 or not 0 <= warmup_share <= 1:
+        raise ConfigError(
+            f"peak_lr={peak_lr} must be positive and warmup_share={warmup_share} between 0 and 1"
+        )
+    traces = label_rows(model, rows, think_start, think_end, max_length, remaining)
     batch_size = min(batch_size, len(traces))
     steps = epochs * -(-len(traces) // batch_size)
     schedule = Constant(warmup_steps=int(np.ceil(warmup_share * steps)))
     given = predictor.init(jax.random.key(seed)) if start is None else dict(start)
     state = _State(given, _ADAM.init(given))
-    state = jax.tree.map(jnp.array, state)  # a copy: its memory is given to the next state
     losses: list[Any] = []
+    file = None if checkpoint is None else Path(checkpoint)
+    identity: dict[str, Any] = {}
+    if file is not None:
+        identity = {
+            "predictor": asdict(predictor),
+            "data": digest(*(array for trace in traces for array in trace)),
+            "model": sampled_digest(params),
+            "start": None if start is None else digest(*jax.tree.leaves(given)),
+            "batch_size": batch_size,
+            "epochs": epochs,
+            "peak_lr": peak_lr,
+            "warmup_share": warmup_share,
+            "seed": seed,
+            "store_states": store_states,
+        }
+        state, losses = read_state(file, identity, state) or (state, losses)
+    begin = len(losses)
+    if begin == steps:
+        return TrainedPredictor(jax.tree.map(jnp.asarray, state.weights), np.array(losses))
+    state = jax.tree.map(jnp.array, state)  # a copy: its memory is given to the next state
+    stored = _stored(model, predictor, params, traces) if store_states else None
+    orders = list(_orders(len(traces), batch_size, epochs, seed))
     with Progress(steps, enabled=progress) as shown:
-        for step, batch in enumerate(_epochs(traces, batch_size, epochs, seed)):
+        for step in range(begin, steps):
             rate = peak_lr * schedule.factor(jnp.float32(step), steps)
-            state, loss = _update(model, predictor, params, state, batch, rate)
+            if stored is None:
+                batch = _batch([traces[i] for i in orders[step]], batch_size)
+                state, loss = _update(model, predictor, params, state, batch, rate)
+            else:
+                batch = _state_batch([stored[i] for i in orders[step]])
+                state, loss = _update_stored(predictor, state, batch, rate)
             losses.append(loss)
             known = step - _LATE
-            if known >= 0:
+            if known >= begin:
                 losses[known] = _finite(losses[known], known)
-            shown.update(step + 1, losses[known] if known >= 0 else None)
+            shown.update(step + 1, losses[known] if known >= begin else None)
+            if file is not None and ((step + 1) % checkpoint_steps == 0 or step + 1 == steps):
+                losses = [_finite(loss, at) for at, loss in enumerate(losses)]
+                write_state(file, identity, state, np.array(losses))
     found = [_finite(loss, step) for step, loss in enumerate(losses)]
     return TrainedPredictor(state.weights, np.array(found))
 
@@ -143,14 +210,28 @@ def _finite(loss: Any, step: int) -> float:
 
 
 def label_rows(
-    model: Transformer, rows: Rows, think_start: int, think_end: int, max_length: int
+    model: Transformer,
+    rows: Rows,
+    think_start: int,
+    think_end: int,
+    max_length: int,
+    given: Rows | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns (ids, remaining lengths) of each row with closed thinking, cut to `max_length`.
+    """Returns (ids, remaining lengths) of each row with labels, cut to `max_length`.
+
+    Args:
+        model: the language model.
+        rows: ids.
+        think_start: id of `<think>`.
+        think_end: id of `</think>`.
+        max_length: tokens of a row that are kept, at most the model's positions.
+        given: remaining lengths of each row, instead of those counted.
 
     Raises:
-        ConfigError: `max_length` exceeds the model's positions.
-        DataError: no row is left, or an id is not in the vocabulary.
+        DataError: no row is left, an id is not in the vocabulary, or given lengths do not fit.
     """
+    if given is not None and [len(own) for own in given] != [len(row) for row in rows]:
+        raise DataError("remaining lengths must be given for each token of each row")
     limit = min(max_length, model.config.max_positions)
     found = []
     for b, row in enumerate(rows):
@@ -162,7 +243,10 @@ def label_rows(
                 f"row {b} has id {ids[at]} at position {at}, but the model's ids are 0 to "
                 f"{model.config.vocabulary - 1}: was it made with another tokenizer?"
             )
-        remaining = remaining_lengths(row, think_start, think_end)[:limit]
+        if given is None:
+            remaining = remaining_lengths(row, think_start, think_end)[:limit]
+        else:
+            remaining = np.asarray(given[b], np.int32)[:limit]
         if remaining[1:].any():  # nothing is read before the first token
             found.append((ids[:limit].astype(np.int32), remaining))
     if not found:
@@ -172,11 +256,11 @@ def label_rows(
     return found
 
 
-def _epochs(traces: list, batch_size: int, epochs: int, seed: int) -> Iterator[TraceBatch]:
+def _orders(count: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
     for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(len(traces))
-        for first in range(0, len(order), batch_size):
-            yield _batch([traces[i] for i in order[first : first + batch_size]], batch_size)
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        for first in range(0, count, batch_size):
+            yield order[first : first + batch_size]
 
 
 def _batch(traces: list, size: int) -> TraceBatch:
@@ -188,11 +272,37 @@ def _batch(traces: list, size: int) -> TraceBatch:
     return TraceBatch(tokens, remaining)  # type: ignore[arg-type]
 
 
-def _gammas(model, predictor, params, weights, tokens):
-    """Returns shape and rate of the Gamma for each token from the second on, [B, T - 1]."""
+def _state_batch(stored: list[StateBatch]) -> StateBatch:
+    """Returns the labels of several traces, filled up to a bucket's number."""
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts), *stored)
+    missing = bucket(len(joined.tokens)) - len(joined.tokens)
+    fill = lambda a: np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1))  # noqa: E731
+    return jax.tree.map(fill, joined)
+
+
+def _stored(model, predictor, params, traces: list) -> list[StateBatch]:
+    """Returns the labels of each trace and the states before them, on the host."""
+    found = []
+    for first in range(0, len(traces), _STORED_AT_ONCE):
+        part = traces[first : first + _STORED_AT_ONCE]
+        states = np.asarray(_states(model, predictor, params, _batch(part, _STORED_AT_ONCE).tokens))
+        for own, (ids, left) in zip(states, part, strict=False):
+            at = np.flatnonzero(left[1:])  # nothing is read before the first token
+            found.append(StateBatch(own[at], ids[at + 1], left[at + 1]))
+    return found
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _states(model, predictor, params, tokens):
+    """Returns what the predictor reads before each token from the second on, [B, T - 1, S, D]."""
     frozen = jax.lax.stop_gradient(params)
     out = model.backbone(frozen, model.embed(frozen, tokens[:, :-1]), capture={*predictor.capture})
-    states = jax.lax.stop_gradient(predictor.states(out))
+    return jax.lax.stop_gradient(predictor.states(out))
+
+
+def _gammas(model, predictor, params, weights, tokens):
+    """Returns shape and rate of the Gamma for each token from the second on, [B, T - 1]."""
+    states = _states(model, predictor, params, tokens)
     B, T = states.shape[:2]
     flat = states.reshape(B * T, *states.shape[2:])
     alpha, rate = predictor.of_tokens(weights, flat, tokens[:, 1:].reshape(-1))
@@ -201,24 +311,43 @@ def _gammas(model, predictor, params, weights, tokens):
 
 def _summed(model, predictor, params, weights, batch: TraceBatch):
     """Returns the sum of the labels' negative log-likelihoods and their number."""
-    alpha, rate = _gammas(model, predictor, params, weights, batch.tokens)
-    remaining = batch.remaining[:, 1:]
-    nll = gamma_nll(remaining.astype(jnp.float32), alpha, rate)
+    gammas = _gammas(model, predictor, params, weights, batch.tokens)
+    return _nll_sum(gammas, batch.remaining[:, 1:])
+
+
+def _nll_sum(gammas, remaining):
+    nll = gamma_nll(remaining.astype(jnp.float32), *gammas)
     return jnp.where(remaining > 0, nll, 0.0).sum(), (remaining > 0).sum()
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _update(model, predictor, params, state: _State, batch: TraceBatch, rate):
-    """Returns the next state and the loss before it."""
+def _stepped(state: _State, rate, summed):
+    """Returns the next state and the mean loss before it."""
 
     def loss(weights):
-        total, count = _summed(model, predictor, params, weights, batch)
+        total, count = summed(weights)
         return total / jnp.maximum(count, 1)
 
     value, gradient = jax.value_and_grad(loss)(state.weights)
     change, optimizer = _ADAM.update(gradient, state.optimizer)
     change = jax.tree.map(lambda u: -rate * u, change)
     return _State(optax.apply_updates(state.weights, change), optimizer), value
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _update(model, predictor, params, state: _State, batch: TraceBatch, rate):
+    """Returns the next state and the loss before it."""
+    return _stepped(state, rate, lambda w: _summed(model, predictor, params, w, batch))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _update_stored(predictor, state: _State, batch: StateBatch, rate):
+    """Returns the next state and the loss before it."""
+
+    def summed(weights):
+        gammas = predictor.of_tokens(weights, batch.states, batch.tokens)
+        return _nll_sum(gammas, batch.remaining)
+
+    return _stepped(state, rate, summed)
 
 
 def evaluate_predictor(

@@ -12,7 +12,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tokjax.decoding.context import Context
 from tokjax.decoding.prompts import Prompts
@@ -20,7 +20,13 @@ from tokjax.errors import ConfigError
 
 
 class Transform(Protocol):
-    """A change to logits that may keep a state."""
+    """A change to logits that may keep a state.
+
+    One that must fit the prompts may also have `check(prompts, limits, vocab_size)`: `decode` calls
+    it on the host, with each row's largest number of new tokens, before anything is compiled. One
+    that knows when a text is complete may also have `ends(state, context) -> Bool[B]`: it is asked
+    right behind each token, with the state of the latest `update`, and its rows end.
+    """
 
     def init(self, prompts: Prompts, vocab_size: int) -> Any:
         """Returns the state before the first new token."""
@@ -76,6 +82,25 @@ class Chain:
             logits, own = transform.update(logits, own, context)
             states.append(own)
         return logits, tuple(states)
+
+    def check(self, prompts: Prompts, limits: Any, vocab_size: int) -> None:
+        """Lets each transform find what cannot be."""
+        for transform in self.transforms:
+            check_transform(transform, prompts, limits, vocab_size)
+
+    def ends(self, state: tuple[Any, ...], context: Context) -> Bool[Array, "B"]:
+        """Returns the rows that one of the transforms ends."""
+        ended = jnp.zeros(context.last.shape, bool)
+        for transform, own in zip(self.transforms, state, strict=True):
+            if hasattr(transform, "ends"):
+                ended |= transform.ends(own, context)
+        return ended
+
+
+def check_transform(transform: Any, prompts: Prompts, limits: Any, vocab_size: int) -> None:
+    """Calls a transform's `check`, if it has one."""
+    if hasattr(transform, "check"):
+        transform.check(prompts, limits, vocab_size)
 
 
 def chain(*transforms: Transform) -> Chain:

@@ -1,0 +1,1 @@
+"""Evaluation by standard tasks: the sockets of lm-evaluation-harness over a tokjax model."""
