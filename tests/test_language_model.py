@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 
 import tokjax
+from tokjax import strategies
 from tokjax.config import resolve
 from tokjax.data.byte_tokenizer import ByteTokenizer
 from tokjax.errors import CheckpointError, ConfigError, DataError
+from tokjax.generate import WHOLE
 from tokjax.language_model import LanguageModel
 from tokjax.models import ModelConfig, Transformer
 from tokjax.models.huggingface import save as save_model
+from tokjax.models.quantized import is_quantized
 from tokjax.parallel.mesh import MeshConfig, build_mesh
 from tokjax.training.config import TrainConfig
 from tokjax.training.loop import train
@@ -434,9 +437,29 @@ def test_strategies_by_name(lm):
     assert generate(strategy="layercake", **blocked, **thresholds) != plain
 
 
+def test_searches_by_name(lm):
+    def generate(**settings):
+        return lm.generate(["ab, c", "x"], max_new_tokens=6, **settings)
+
+    plain = generate()
+    assert generate(strategy="beam", beams=1).tokens.tolist() == plain.tokens.tolist()
+    best = generate(strategy="beam", beams=4, length_penalty=0.0)
+    assert (best.logprobs.sum(1) >= plain.logprobs.sum(1) - 1e-4).all()
+    assert np.isnan(best.entropies).all()
+    same = generate(strategy="contrastive_search", alpha=0.0)
+    assert same.texts == plain.texts
+    for options in ({}, {"layers": 1, "gamma": 2}):
+        assert generate(strategy="speculative", **options).texts == plain.texts
+    constrained = generate(strategy="beam", choices=["ab", "ba"])
+    assert set(constrained.texts) <= {"ab", "ba"}
+    assert tuple(strategies.SEARCHES) == WHOLE
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"strategy": "beam", "temperature": 0.7}, "draws nothing, so temperature=0.7"),
+        ({"strategy": "beam", "beam": 2}, "'beam' has no option 'beam'.*'beams'"),
         ({"strategy": "doal"}, "unknown strategy='doal'.*'dola'"),
         ({"strategy": "dola", "layer": [0]}, "'dola' has no option 'layer'.*'layers'"),
         ({"weight": 2.0}, "'sample' has no option 'weight'"),
@@ -445,6 +468,23 @@ def test_strategies_by_name(lm):
 def test_strategies_that_do_not_exist_are_refused(lm, settings, message):
     with pytest.raises(ConfigError, match=message):
         lm.generate(["ab"], **settings)
+
+
+def test_a_search_is_not_streamed(lm):
+    with pytest.raises(ConfigError, match="'beam' writes no text piece by piece"):
+        lm.stream("ab", strategy="beam")
+
+
+def test_int8_weights_by_name(lm, tmp_path):
+    lm.save(tmp_path / "saved")
+    small = tokjax.load(tmp_path / "saved", dtype="int8")
+    assert is_quantized(small.params)
+    texts = ["ab, c", "xyz"]
+    apart = small.score(texts).nll - lm.score(texts).nll
+    assert 0 < np.nanmax(np.abs(apart)) < 0.1
+    assert small.generate(["ab"], max_new_tokens=4).lengths.tolist() == [4]
+    with pytest.raises(ConfigError, match="dequantize"):
+        small.save(tmp_path / "again")
 
 
 def test_streamed_text_is_the_generated_text(lm):

@@ -4,16 +4,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokjax.language_model import LanguageModel, load
+    from tokjax.language_model import LanguageModel
+    from tokjax.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["LanguageModel", "load"]
 
+_HOMES = {"LanguageModel": "tokjax.language_model", "load": "tokjax.loading"}
+
 
 def __getattr__(name: str) -> Any:
     # Found when first asked for: importing tokjax alone takes no time and imports no JAX.
-    if name in __all__:
-        return getattr(importlib.import_module("tokjax.language_model"), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'tokjax' has no attribute {name!r}")
 
 

@@ -39,7 +39,9 @@ FLAGS = {
     "regex": cli.FlagSpec("expression that each whole text matches", str | None),
     "json_schema": cli.FlagSpec("schema by which each text is valid: file or JSON", str | None),
     "choices": cli.FlagSpec("texts to choose from: yes,no or a JSON list", str | None),
-    "strategy": cli.FlagSpec("whose predictions are sampled, as in lm.generate", str, "sample"),
+    "strategy": cli.FlagSpec(
+        "sample, dola, layercake, guided, beam, contrastive_search, speculative", str, "sample"
+    ),
     "option": cli.FlagSpec("of the strategy, as --option.weight=1.5", dict, {}),
     "stop": cli.FlagSpec("text that ends a text; default the EOS token alone", str | None),
     "seed": cli.FlagSpec("of all randomness", int, 0),
@@ -47,6 +49,7 @@ FLAGS = {
     "batch_size": cli.FlagSpec("texts written at a time", int, 8),
     "dtype": cli.FlagSpec("of the parameters; default as stored", str | None),
 }
+WHOLE = ("beam", "contrastive_search", "speculative")  # strategies that write no text in pieces
 _SETTINGS = (
     *("strategy", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
 )
@@ -76,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     if args["prompts"] is None:
         prompt = [{"role": "user", "content": args["prompt"]}] if args["chat"] else args["prompt"]
         jobs = [_Job(0, sample, prompt) for sample in range(args["samples"])]
-        if sys.stdout.isatty() if args["stream"] is None else args["stream"]:
+        if _streams(args):
             _show(args, jobs, constraint)
             return 0
         for texts in _written(args, jobs, constraint):
@@ -95,6 +98,12 @@ def main(argv: Sequence[str]) -> int:
     _write_all(args, jobs, constraint, out, run, len(done))
     print(f"{out}: {len(done) + len(jobs)} texts of {len(prompts)} prompts")
     return 0
+
+
+def _streams(args: cli.Arguments) -> bool:
+    if args["stream"] is not None:
+        return args["stream"]
+    return sys.stdout.isatty() and args["strategy"] not in WHOLE
 
 
 def read_prompts(file: str) -> Iterator[Any]:

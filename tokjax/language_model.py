@@ -13,7 +13,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -21,11 +21,10 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from tokjax import strategies
-from tokjax.data.tokenizers import Tokenizer, TokenizerConfig
+from tokjax.data.tokenizers import Tokenizer
 from tokjax.decoding.constrained import TokenTable, choices, constrained, json_schema, regex
 from tokjax.decoding.engine import Generation, decode
 from tokjax.decoding.prompts import Prompts, bucket
@@ -37,12 +36,10 @@ from tokjax.decoding.text import continuation, sampling_transform
 from tokjax.decoding.text_stream import TextStream, cut, pieces
 from tokjax.decoding.transforms import Transform, chain
 from tokjax.errors import ConfigError
-from tokjax.models import checkpoints, huggingface
-from tokjax.models.config import with_dtypes
+from tokjax.models import huggingface
 from tokjax.models.transformer import Transformer
 from tokjax.scores import Scores
 from tokjax.signals.token_stats import TokenStats, token_stats
-from tokjax.training.run_facts import RUN_FILE
 
 _WANTED = ("nll", "logprob", "entropy", "rank", "top_k")
 
@@ -210,10 +207,12 @@ class LanguageModel:
                 JSON, or a list of one for each prompt.
             choices: texts of which each continuation is one, or a list of such for each prompt.
             strategy: whose predictions are sampled: the model's own (`sample`), or those of `dola`,
-                `layercake` or `guided` (classifier-free guidance); see `tokjax.strategies`.
-            options: of the strategy, such as `alpha` or `weight`; see the function of its name in
-                `tokjax.decoding.contrast`. LayerCake's token classes default to those of a
-                heuristic, `token_classes`; `negative` of `guided` may be a text.
+                `layercake` or `guided` (classifier-free guidance); or how texts are searched for:
+                `beam`, `contrastive_search`, `speculative`.
+            options: of the strategy, such as `alpha`, `weight` or `beams`; see the function of its
+                name in `tokjax.decoding.contrast`, or in `tokjax.strategies`. LayerCake's token
+                classes default to those of a heuristic, `token_classes`; `negative` of `guided`
+                may be a text.
 
         Raises:
             ConfigError: a setting is impossible, there is no prompt, one is empty and the model
@@ -277,6 +276,8 @@ class LanguageModel:
             len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
         )
         plan = self._plan([prompts] if one else prompts, **settings)
+        if not plan.streams:
+            raise ConfigError(f"strategy={settings['strategy']!r} writes no text piece by piece")
         rows = [TextStream(self.tokenizer, ids, plan.ends) for ids in plan.ids]
         found = pieces(plan.decode, rows)
         return (piece for _, piece in found) if one else found
@@ -306,11 +307,14 @@ class LanguageModel:
         stops, ends = self._stop(stop)
         if isinstance(options.get("negative"), str):
             options["negative"] = self.encode(options["negative"])
-        predictor, params = strategies.build(
-            strategy, self.model, self.params, self.tokenizer, ids, options
-        )
+        searches = strategy in strategies.SEARCHES
+        maximises = searches and strategy != "speculative"
+        if maximises and temperature not in (0, 1):
+            raise ConfigError(
+                f"strategy={strategy!r} draws nothing, so temperature={temperature} has no meaning"
+            )
         transform = sampling_transform(
-            temperature=temperature,
+            temperature=1.0 if maximises else temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
@@ -327,7 +331,15 @@ class LanguageModel:
             "key": jax.random.key(seed) if seeds is None else None,
             "seeds": seeds,
         }
-        return _Plan(ids, ends, predictor, params, settings)
+        if searches:
+            found = functools.partial(
+                strategies.search, strategy, self.model, self.params, settings=settings
+            )
+            return _Plan(ids, ends, functools.partial(found, options=options), streams=False)
+        predictor, params = strategies.build(
+            strategy, self.model, self.params, self.tokenizer, ids, options
+        )
+        return _Plan(ids, ends, functools.partial(decode, predictor, params, **settings))
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, template: str | None = None
@@ -445,75 +457,11 @@ class _Plan:
 
     ids: list[list[int]]
     ends: list[str]
-    predictor: Any
-    params: Any
-    settings: Mapping[str, Any]
+    run: Callable[..., Generation]
+    streams: bool = True
 
     def decode(self, stream: Callback | None = None) -> Generation:
-        prompts = Prompts.of(self.ids)
-        return decode(self.predictor, self.params, prompts, **self.settings, stream=stream)
-
-
-def load(
-    path_or_name: str | os.PathLike, *, mesh: Mesh | None = None, dtype: str | None = None
-) -> LanguageModel:
-    """Returns a language model with its tokenizer.
-
-    Args:
-        path_or_name: the workdir of a training run; a folder in Hugging Face's form; a GGUF file,
-            or a folder with one; the name of a known model ("smollm2-135m", "gemma3-270m"); or an
-            id on the hub (needs the extra `hub`).
-        mesh: devices to lay the parameters out on; default the first device.
-        dtype: of the parameters, `float32`, `bfloat16` or `float16`; default as stored, float32
-            where they are quantised. The model computes in bfloat16 where its parameters are, else
-            in float32.
-
-    Raises:
-        CheckpointError: files are missing or damaged, or the model is not installed (the message
-            says how to install it).
-        ConfigError: the model or its tokenizer is not supported, or it is no language model.
-    """
-    path = Path(path_or_name).expanduser()
-    if (path / RUN_FILE).is_file():
-        return _from_run(path, mesh, dtype)
-    found = checkpoints.find(path_or_name)
-    if found.is_file():
-        from tokjax.data.gguf_tokenizer import adds_bos, read_gguf_tokenizer
-        from tokjax.gguf_file import read_gguf
-
-        file = read_gguf(found)
-        tokenizer, add_bos = read_gguf_tokenizer(file), adds_bos(file)
-        ends = _gguf_ends(file)
-    else:
-        tokenizer, add_bos = _folder_tokenizer(found)
-        ends = _folder_ends(found)
-    model, params = checkpoints.load(found, mesh=mesh, dtype=dtype)
-    if not isinstance(model, Transformer) or not model.config.causal:
-        raise ConfigError(
-            f"{path_or_name} holds a model of the kind {type(model).__name__}, which continues no "
-            f"text: load it by tokjax.models.load"
-        )
-    size = model.config.vocabulary
-    more = tuple(i for i in ends if 0 <= i < size and i != tokenizer.eos_id)
-    return LanguageModel(model, params, tokenizer, add_bos, more)
-
-
-def _folder_ends(folder: Path) -> list[int]:
-    """Returns the ids that end a text by a checkpoint's folder: its generation_config.json's, or
-    else its config.json's.
-    """
-    for name in ("generation_config.json", "config.json"):
-        given = _json(folder / name).get("eos_token_id")
-        if given is not None:
-            ids = given if isinstance(given, list) else [given]
-            return [i for i in ids if isinstance(i, int)]
-    return []
-
-
-def _gguf_ends(file: Any) -> list[int]:
-    """Returns the ids that end a turn or a message by a GGUF file."""
-    keys = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-    return [i for key in keys if (i := file.get(key, int, None)) is not None]
+        return self.run(Prompts.of(self.ids), **({} if stream is None else {"stream": stream}))
 
 
 def _generation_config(eos_ids: list[int], ids: Mapping[str, int | None]) -> dict[str, Any]:
@@ -521,61 +469,6 @@ def _generation_config(eos_ids: list[int], ids: Mapping[str, int | None]) -> dic
     if eos_ids:
         found["eos_token_id"] = eos_ids if len(eos_ids) > 1 else eos_ids[0]
     return found
-
-
-def _from_run(workdir: Path, mesh: Mesh | None, dtype: str | None) -> LanguageModel:
-    from tokjax.training.trained import load_trained
-
-    found = load_trained(workdir, mesh=mesh)
-    model, params = found.model, found.params
-    if dtype is not None:
-        compute = "bfloat16" if dtype == "bfloat16" else "float32"
-        model = Transformer(with_dtypes(model.config, dtype, compute))
-        params = jax.tree.map(lambda p: p.astype(dtype), params)
-    return LanguageModel(model, params, found.tokenizer, found.add_bos)
-
-
-def _folder_tokenizer(folder: Path) -> tuple[Tokenizer, bool]:
-    """Returns the tokenizer of a checkpoint's folder, and whether it begins texts with BOS."""
-    models = sorted(folder.glob("*.model"))
-    if (folder / "tokjax_tokenizer.json").is_file():
-        tokenizer = Tokenizer.load(folder)
-    elif (folder / "tokenizer.json").is_file():
-        from tokjax.data.huggingface_tokenizer import read_huggingface
-
-        tokenizer = read_huggingface(TokenizerConfig(name="huggingface", path=str(folder)))
-    elif models:
-        from tokjax.data.sentencepiece_tokenizer import read_sentencepiece
-
-        tokenizer = read_sentencepiece(TokenizerConfig(name="sentencepiece", path=str(models[0])))
-    else:
-        raise ConfigError(
-            f"{folder} has no tokenizer (tokenizer.json or a .model file): copy it there, or load "
-            f"the model alone by tokjax.models.load"
-        )
-    add_bos = _json(folder / "tokenizer_config.json").get("add_bos_token")
-    if isinstance(add_bos, bool):
-        return tokenizer, add_bos
-    spec = _json(folder / "tokenizer.json")
-    return tokenizer, _writes_bos(spec, tokenizer) if spec else bool(models)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _writes_bos(spec: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
-    """Returns whether a tokenizer.json's template puts the BOS token before a text."""
-    processor = spec.get("post_processor") or {}
-    for part in processor.get("processors") or [processor]:
-        first = next(iter(part.get("single") or []), {}).get("SpecialToken", {}).get("id")
-        if first is not None and tokenizer.special_tokens.get(first) == tokenizer.bos_id:
-            return True
-    return False
 
 
 def _check_list(given: Any, name: str) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from tokjax.config import resolve
 from tokjax.files import write_atomically
-from tokjax.language_model import LanguageModel, load
+from tokjax.language_model import LanguageModel
+from tokjax.loading import load
 from tokjax.training.config import TrainConfig
 from tokjax.training.loop import train
 from tokjax.training.run import build_run
