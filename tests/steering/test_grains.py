@@ -44,8 +44,9 @@ def padded(ids):
     return np.array([[*ids, *[0] * (32 - len(ids))]], np.int32)
 
 
-def test_differences_are_those_of_each_text_alone(params):
-    positive, negative = ablation_differences(MODEL, params, PAIRS, **GIVEN)
+@pytest.mark.parametrize("place", ["last", "predicting"])
+def test_differences_are_those_of_each_text_alone(params, place):
+    positive, negative = ablation_differences(MODEL, params, PAIRS, **GIVEN, place=place)
     assert positive.shape == negative.shape == (2, 6, 32)
     attribute = jax.jit(
         lambda tokens, n: attribute_tokens(MODEL, params, tokens, n, n - 1, baseline_id=PAD)
@@ -55,12 +56,15 @@ def test_differences_are_those_of_each_text_alone(params):
         scores = np.asarray(attribute(padded(ids), np.array([len(ids)])).scores[0, 1 : len(ids)])
         # A token that makes the dispreferred answer likelier speaks against the preferred one.
         scores = -scores if dispreferred else scores
-        k = min(2, len(ids) - 2)
-        own = block_outputs(params, padded(ids))[:, len(ids) - 1]
+        read = len(ids) - 1 - (place == "predicting")
+        own = block_outputs(params, padded(ids))[:, read]
         for found, order in ((positive, np.argsort(-scores)), (negative, np.argsort(scores))):
             without = np.array(ids)
-            without[1 + order[:k]] = PAD
-            changed = block_outputs(params, padded(without))[:, len(ids) - 1]
+            if place == "predicting":  # the token that is read is left
+                without[[1 + i for i in order if 1 + i != read][:2]] = PAD
+            else:
+                without[1 + order[: min(2, len(ids) - 2)]] = PAD
+            changed = block_outputs(params, padded(without))[:, read]
             np.testing.assert_allclose(found[:, at], own - changed, atol=2e-4)
 
 
@@ -104,6 +108,20 @@ def test_more_tokens_than_there_are_leave_one(params):
     assert np.isfinite(found).all()
 
 
+def test_the_token_that_predicts_is_never_replaced(params):
+    changes = {**GIVEN, "k": 1000, "place": "predicting"}
+    for scores in ("integrated", "random"):
+        found = ablation_differences(MODEL, params, PAIRS, **changes, scores=scores)
+        np.testing.assert_array_equal(*found)  # all others are replaced, in both sets
+        for at, (prompt, answer) in enumerate((p.prompt, a) for p in PAIRS for a in p[1:]):
+            ids = np.array([*prompt, *answer])
+            read = len(ids) - 2
+            without = np.where(np.isin(np.arange(len(ids)), [0, read]), ids, PAD)
+            own = block_outputs(params, padded(ids))[:, read]
+            changed = block_outputs(params, padded(without))[:, read]
+            np.testing.assert_allclose(found[0][:, at], own - changed, atol=2e-4)
+
+
 def test_what_cannot_be_meant_is_refused(params):
     def run(pairs=PAIRS, **changes):
         return steering_vector(MODEL, params, pairs, **{**GIVEN, **changes})
@@ -121,7 +139,7 @@ def test_what_cannot_be_meant_is_refused(params):
     for name, value in (("k", 0), ("steps", 0), ("batch_size", 0)):
         with pytest.raises(ConfigError, match=f"{name}={value}"):
             run(**{name: value})
-    for name in ("scores", "target", "method", "mode"):
+    for name in ("scores", "target", "place", "method", "mode"):
         with pytest.raises(ConfigError, match=f"{name}='x'"):
             run(**{name: "x"})
 

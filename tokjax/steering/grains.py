@@ -119,10 +119,10 @@ def steering_vector(
             zeros, the paper's choice (see `attribute_tokens` for when that fails).
         target: log-probability of the "last" token of each answer, or of the whole "response".
         steps: number of gradients.
-        place: whose states are compared: those of the "last" token of each text, which have read
-            it, or those of the token before, "predicting" it. The reference code's are the last;
-            what the objective is read from are the others, and of "predicting" states alone the
-            last block's output says nothing else than how likely the answer is.
+        place: whose states are compared: those of the "last" token of each text, as in the
+            reference code, or those of the token before it, "predicting" it, which is then never
+            replaced. The answer is decided in the latter, and in a small model only they gave a
+            vector that can be relied on (see `configs/repro/grains.py`).
         method: "pca", or "mean", which keeps the shift common to all texts; see `direction`.
         mode: "both" sets of tokens, or "pos" or "neg" alone.
         seed: of random scores.
@@ -207,13 +207,16 @@ def _differences(
             rule="right" if kind == "gradient" else "gauss",
         )
         ranked = found.scores * sign[:, None]
-    real: Bool[Array, "B T"] = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    eligible = real & (tokens != bos_id)
-    without = [
-        ablate(tokens, select_tokens(ranked, eligible, k, which), ablation_id)
-        for which in ("positive", "negative")
-    ]
-    ends = jnp.tile(lengths - back, 3)
-    states = last_states(model, params, jnp.concatenate([tokens, *without]), ends)
+    at = jnp.arange(tokens.shape[1])
+    ends = lengths - back
+    eligible: Bool[Array, "B T"] = (at < lengths[:, None]) & (tokens != bos_id)
+    # Another token at the very place that predicts would change its state more than all others
+    # together, and in one direction whatever the text says: principal components find only that.
+    kept = (at == ends[:, None] - 1) & (back > 0)
+    most_positive = select_tokens(jnp.where(kept, -jnp.inf, ranked), eligible, k, "positive")
+    most_negative = select_tokens(jnp.where(kept, jnp.inf, ranked), eligible, k, "negative")
+    without = [ablate(tokens, each, ablation_id) for each in (most_positive, most_negative)]
+    texts = jnp.concatenate([tokens, *without])
+    states = last_states(model, params, texts, jnp.tile(ends, 3))
     own, positive, negative = jnp.split(states, 3, axis=1)
     return own - positive, own - negative

@@ -1,6 +1,6 @@
 """Training a length predictor on a frozen language model, and judging it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,49 +13,26 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from tokjax.decoding.budget.batches import (
+    Rows,
+    StateBatch,
+    TraceBatch,
+    label_rows,
+    orders,
+    state_batch,
+    trace_batch,
+)
 from tokjax.decoding.budget.gamma import gamma_nll
 from tokjax.decoding.budget.predictor import LengthPredictor
 from tokjax.decoding.budget.resume import digest, read_state, sampled_digest, write_state
-from tokjax.decoding.budget.traces import remaining_lengths
-from tokjax.decoding.prompts import bucket
-from tokjax.errors import ConfigError, DataError, NonFiniteError
+from tokjax.errors import ConfigError, NonFiniteError
 from tokjax.models.transformer import Transformer
 from tokjax.training.optimizers import Constant
 from tokjax.training.progress import Progress
 
-Rows = Sequence[Sequence[int]]
 _ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 _STORED_AT_ONCE = 16  # traces a pass of the model, where its states are stored
 _LATE = 2  # losses are read so many steps late, so that the device never waits for the host
-
-
-@struct.dataclass
-class TraceBatch:
-    """Traces of one width.
-
-    Attributes:
-        tokens: ids; what follows a row's own has no label.
-        remaining: tokens of thinking left at each token, itself included; 0 where there is no
-            label.
-    """
-
-    tokens: Int[Array, "B T"]
-    remaining: Int[Array, "B T"]
-
-
-@struct.dataclass
-class StateBatch:
-    """Labels, with the states that the predictor reads right before them.
-
-    Attributes:
-        states: of the frozen model.
-        tokens: ids.
-        remaining: as in `TraceBatch`.
-    """
-
-    states: Float[Array, "N S D"]
-    tokens: Int[Array, "N"]
-    remaining: Int[Array, "N"]
 
 
 @struct.dataclass
@@ -180,15 +157,15 @@ def train_predictor(
         return TrainedPredictor(jax.tree.map(jnp.asarray, state.weights), np.array(losses))
     state = jax.tree.map(jnp.array, state)  # a copy: its memory is given to the next state
     stored = _stored(model, predictor, params, traces) if store_states else None
-    orders = list(_orders(len(traces), batch_size, epochs, seed))
+    order = list(orders(len(traces), batch_size, epochs, seed))
     with Progress(steps, enabled=progress) as shown:
         for step in range(begin, steps):
             rate = peak_lr * schedule.factor(jnp.float32(step), steps)
             if stored is None:
-                batch = _batch([traces[i] for i in orders[step]], batch_size)
+                batch = trace_batch([traces[i] for i in order[step]], batch_size)
                 state, loss = _update(model, predictor, params, state, batch, rate)
             else:
-                batch = _state_batch([stored[i] for i in orders[step]])
+                batch = state_batch([stored[i] for i in order[step]])
                 state, loss = _update_stored(predictor, state, batch, rate)
             losses.append(loss)
             known = step - _LATE
@@ -209,83 +186,14 @@ def _finite(loss: Any, step: int) -> float:
     return value
 
 
-def label_rows(
-    model: Transformer,
-    rows: Rows,
-    think_start: int,
-    think_end: int,
-    max_length: int,
-    given: Rows | None = None,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns (ids, remaining lengths) of each row with labels, cut to `max_length`.
-
-    Args:
-        model: the language model.
-        rows: ids.
-        think_start: id of `<think>`.
-        think_end: id of `</think>`.
-        max_length: tokens of a row that are kept, at most the model's positions.
-        given: remaining lengths of each row, instead of those counted.
-
-    Raises:
-        DataError: no row is left, an id is not in the vocabulary, or given lengths do not fit.
-    """
-    if given is not None and [len(own) for own in given] != [len(row) for row in rows]:
-        raise DataError("remaining lengths must be given for each token of each row")
-    limit = min(max_length, model.config.max_positions)
-    found = []
-    for b, row in enumerate(rows):
-        ids = np.asarray(row, np.int64)
-        wrong = (ids < 0) | (ids >= model.config.vocabulary)
-        if wrong.any():
-            at = int(wrong.argmax())
-            raise DataError(
-                f"row {b} has id {ids[at]} at position {at}, but the model's ids are 0 to "
-                f"{model.config.vocabulary - 1}: was it made with another tokenizer?"
-            )
-        if given is None:
-            remaining = remaining_lengths(row, think_start, think_end)[:limit]
-        else:
-            remaining = np.asarray(given[b], np.int32)[:limit]
-        if remaining[1:].any():  # nothing is read before the first token
-            found.append((ids[:limit].astype(np.int32), remaining))
-    if not found:
-        raise DataError(
-            f"none of {len(rows)} rows has thinking between the ids {think_start} and {think_end}"
-        )
-    return found
-
-
-def _orders(count: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(count)
-        for first in range(0, count, batch_size):
-            yield order[first : first + batch_size]
-
-
-def _batch(traces: list, size: int) -> TraceBatch:
-    """Returns traces in a bucket's width; missing rows have no labels."""
-    width = bucket(max(len(ids) for ids, _ in traces))
-    tokens, remaining = np.zeros((2, size, width), np.int32)
-    for b, (ids, left) in enumerate(traces):
-        tokens[b, : len(ids)], remaining[b, : len(left)] = ids, left
-    return TraceBatch(tokens, remaining)  # type: ignore[arg-type]
-
-
-def _state_batch(stored: list[StateBatch]) -> StateBatch:
-    """Returns the labels of several traces, filled up to a bucket's number."""
-    joined = jax.tree.map(lambda *parts: np.concatenate(parts), *stored)
-    missing = bucket(len(joined.tokens)) - len(joined.tokens)
-    fill = lambda a: np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1))  # noqa: E731
-    return jax.tree.map(fill, joined)
-
-
 def _stored(model, predictor, params, traces: list) -> list[StateBatch]:
     """Returns the labels of each trace and the states before them, on the host."""
     found = []
     for first in range(0, len(traces), _STORED_AT_ONCE):
         part = traces[first : first + _STORED_AT_ONCE]
-        states = np.asarray(_states(model, predictor, params, _batch(part, _STORED_AT_ONCE).tokens))
+        states = np.asarray(
+            _states(model, predictor, params, trace_batch(part, _STORED_AT_ONCE).tokens)
+        )
         for own, (ids, left) in zip(states, part, strict=False):
             at = np.flatnonzero(left[1:])  # nothing is read before the first token
             found.append(StateBatch(own[at], ids[at + 1], left[at + 1]))
@@ -372,7 +280,9 @@ def evaluate_predictor(
     traces = label_rows(model, rows, think_start, think_end, max_length)
     size = min(batch_size, len(traces))
     totals = [
-        _evaluate(model, predictor, params, weights, _batch(traces[first : first + size], size))
+        _evaluate(
+            model, predictor, params, weights, trace_batch(traces[first : first + size], size)
+        )
         for first in range(0, len(traces), size)
     ]
     total, count = np.sum(np.asarray(jax.device_get(totals), np.float64), axis=0)
