@@ -139,7 +139,8 @@ def get_plan(scale: str) -> Comparison:
         notes=(
             "Budgets count what follows <think>, </think> included.",
             "The sums are modulo 5 and of six digits, not of decimal numbers: a model trained for "
-            "a minute has to learn them.",
+            "a minute has to learn them. They, the prompt's words and the model's size were chosen "
+            "in pilots that trained the language model alone.",
             "The predictor learns from fresh traces of the generator; the concise copies of the "
             "paper are left out, for these traces are short already. Learning rates and epochs "
             "were fixed before the first run.",
@@ -334,7 +335,7 @@ class Materials:
         if of in ("predictor", "shuffled"):
             weights = self.weights if of == "predictor" else self.shuffled
             alpha, rate = predicted_gammas(
-                self.lm.model, self.lm.params, self.predictor, weights, tokens
+                self.lm.model, self.lm.params, self.predictor, weights, jnp.asarray(tokens)
             )
         else:
             fits, behind = self._position_fits, np.cumsum(left > 0, axis=1) - 1

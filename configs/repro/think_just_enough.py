@@ -2,7 +2,12 @@
 
     python -m tokjax.reproduce think_just_enough
 
-A model of 0.2M parameters learns chains of 2 to 8 operations modulo 10, of which some are frequent
+What came out is in docs/reproductions/think_just_enough.json and .png: entropy tells right first
+attempts from wrong ones (AUROC 0.86, and 0.90 in the sharpened model), but the savings fall short
+(12 % of the tokens: 23 % in seed 1 and none in seed 0, whose calibration refuses), and stopping
+the shortest attempts loses no more accuracy.
+
+A model of 0.2M parameters learns chains of 2 to 8 operations modulo 10, some of them frequent
 and some rare, with a scratchpad. A second one is that model trained on its own right attempts
 (rejection-sampled fine-tuning), which the paper's reasoning models stand for. Each question gets
 one attempt; where its mean entropy lies above a threshold from 20 labelled attempts, three more
@@ -138,7 +143,12 @@ def get_plan(scale: str) -> Comparison:
             "A first try, modulo 7 with four operations and 800 training steps, could tell "
             "nothing, for the model was always right. The task was made harder, and the number of "
             "steps is the first of 350, 500, 650 and 800 whose model of another seed is right in "
-            "40 to 75 % of other questions' first attempts. Nothing else was changed.",
+            "40 to 75 % of other questions' first attempts (0.10, 0.12, 0.17, 0.65). Nothing else "
+            "was changed.",
+            "Models of different seeds learn the rare operations at different times: that of seed "
+            "0 came out right in 86 % of its first attempts, above the 30 to 80 % that the test is "
+            "meant for. About 3 of 20 labelled attempts are then expected to be wrong; the "
+            "calibration refused both models, so nothing stops early there.",
             "Thresholds come from 20 questions of their own. The shares swept are quantiles of the "
             "judged questions themselves: a curve, not a policy.",
             f"`shuffled` is the mean over {PERMUTATIONS} permutations, `random` an expectation.",
