@@ -1,5 +1,6 @@
 """Shared set-up: CPU with eight virtual devices, a compilation cache, the real-data folder."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -20,6 +21,23 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 _NO_DATA = "set TOKJAX_TEST_DATA to the folder of real data to run this test"
+
+
+_MOST_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+    """Forgets compiled programs behind a module when there are many.
+
+    Each holds a dozen memory maps, of which Linux allows a process 65,530: a worker that runs a
+    few thousand tests would be killed by its next compilation.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

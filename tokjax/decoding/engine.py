@@ -110,8 +110,8 @@ def decode(
 
     Args:
         model: a `Transformer`, or any `Predictor`.
-        params: the model's parameters; stacked ones are unstacked in every call, which takes
-            their memory a second time while it lasts.
+        params: the model's parameters; each call puts them into the form that decoding reads
+            fastest, which takes their memory a second time while it lasts, unless `prepare` did.
         prompts: what to continue.
         max_new_tokens: one number, or one for each prompt.
         samples: continuations of each prompt; they share the pass over the prompt, and their rows
