@@ -105,7 +105,7 @@ def _tokjax_worker(args, folder, pipe) -> None:
             )
         if name == "sh2":
             hesitant = [row[: PROMPT // 4].tolist() + row.tolist() for row in prompts.tokens]
-            return sh2(model, params, hesitant=Prompts.of(hesitant))
+            return sh2(model, params, Prompts.of(hesitant))
         return model, params
 
     def work(name, batch, new_tokens):
