@@ -129,7 +129,7 @@ def _serve(pipe, work) -> None:
         pipe.send((time.perf_counter() - began, time.process_time() - cpu, value))
 
 
-def _write_model(args, folder) -> None:
+def _write_model(args, folder, **fields) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -147,6 +147,7 @@ def _write_model(args, folder) -> None:
         initializer_range=0.06,  # texts that are no single repeated token, and clear argmaxima
         eos_token_id=None,
         bos_token_id=None,
+        **fields,
     )
     LlamaForCausalLM(config).to(getattr(torch, args.dtype)).save_pretrained(folder)
 
@@ -226,9 +227,10 @@ def _compare(args, ask, arms, batch, size):
             paired = [t / o for t, o in zip(times[name], times["tokjax"], strict=True)]
             found[name]["time_over_tokjax_greedy"] = round(statistics.median(paired), 3)
             found[name]["quartiles"] = [round(r, 3) for r in statistics.quantiles(paired, n=4)[::2]]
-    if "transformers" in texts:
-        same = [a == b for a, b in zip(texts["tokjax"], texts["transformers"], strict=True)]
-        found["rows_with_equal_text"] = f"{sum(same)} of {len(same)}"
+    for name, (side, _) in arms.items():
+        if side != "tokjax":
+            same = [a == b for a, b in zip(texts["tokjax"], texts[name], strict=True)]
+            found["rows_with_equal_text"] = f"{sum(same)} of {len(same)}"
     return found
 
 

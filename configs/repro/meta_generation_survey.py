@@ -7,6 +7,11 @@ sampling. A small model trained on chains of six sums with a scratchpad answers 
 times; best of n with an oracle, a noisy and a random verifier, votes, weighted votes and minimum
 Bayes risk choose among the first n. Speculative sampling is held against ancestral sampling on the
 same task.
+
+It reproduced. One sample is right with 0.19; of 16 coverage, and so the oracle, reaches 0.94, the
+weighted vote 0.76, best of n with the noisy verifier 0.64, the vote 0.57 and a random verifier
+0.18. The vote had not saturated by then. Greedy text repeats 0.37 of its 4-grams, beam search's
+0.55, nucleus samples 0.003 and the articles 0.014. No test told speculative from ancestral samples.
 """
 
 import functools
@@ -603,11 +608,19 @@ def get_plan(scale: str) -> Comparison:
             "one; the test must tell a lower temperature apart.",
             "Texts are continued beyond their end (its ids are suppressed), so that all are of one "
             "length.",
-            "What is demanded was written down before the first full run. That run was stopped in "
-            "its first seed and the task made easier once (sums modulo 11 alone in the place of "
-            "sums and differences modulo 13), because the model had not learned to add and guessed "
-            "every result. With seeds that are not judged it then learned the task fully, so that "
-            "temperatures were added and the share that they are chosen for set from 0.5 to 0.25, "
-            "where 16 candidates do not yet cover everything.",
+            "What is demanded was written down before the first full run, and no demand was "
+            "changed since; but the author had seen a part of that run when the task was changed. "
+            "It was stopped in its first seed, on sums and differences modulo 13, which the model "
+            "had not learned (it guessed every result): one sample was right with 0.10, coverage "
+            "was 0.14, 0.26, 0.47 and 0.70 for n = 2, 4, 8 and 16, and for n = 16 the vote 0.12, "
+            "the vote weighted by the noisy verifier 0.25, best of n 0.32 with the noisy and 0.08 "
+            "with the random verifier; greedy and beam search had repeated 0.53 and 0.57 of 16 "
+            "articles' 4-grams, and nucleus sampling had not been measured.",
+            "The task was then made easier once: sums modulo 11 alone. With seeds that are not "
+            "judged the model learned it fully, so that temperatures were added, and the share of "
+            "right answers that they are chosen for was set from 0.5 to 0.25, where 16 candidates "
+            "do not yet cover everything.",
+            "That votes saturate is not demanded, and is not seen up to 16 candidates: theirs "
+            "still rises from 0.41 to 0.57 between 8 and 16.",
         ),
     )

@@ -61,8 +61,8 @@ class Generator:
 
     Attributes:
         model: a `Transformer`, or any `Predictor` whose parameters are not of single rows.
-        params: its parameters; unstack them once (`models.parameters.unstack`) where the search
-            makes many calls.
+        params: its parameters; prepare them once (`decoding.prepare`) where the search makes
+            many calls.
         max_new_tokens: most tokens of one draw.
         transform: of the logits; default none. One value for all rows.
         stop: what ends a draw besides; default nothing.
