@@ -121,7 +121,7 @@ def test_a_training_step_counts_what_the_formula_says_whatever_the_depth(tiny_tr
     for layers in (2, 4):
         run = run_of(tiny_tree(model__n_layers=layers))
         stage = run.stages[0]
-        state = jax.eval_shape(lambda run=run, stage=stage: run.init_state(stage))
+        state = run.abstract_state(stage)
         # The program does a little more: attention scores are computed again on the way back.
         counted = matmul_flops(run.train_step(stage), state, run.loader.batch(0))
         assert counted == pytest.approx(running.stage_flops(run, stage), rel=0.05)

@@ -3,14 +3,14 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from tokjax.data.tokenizers import Tokenizer, TokenizerConfig
+from tokjax.data.checkpoint_tokenizer import checkpoint_tokenizer
+from tokjax.data.tokenizers import read_tokenizer
 from tokjax.errors import ConfigError
 from tokjax.language_model import LanguageModel
 from tokjax.models import checkpoints
@@ -47,16 +47,9 @@ def load(
     if (path / RUN_FILE).is_file():
         return _from_run(path, mesh, dtype)
     found = checkpoints.find(path_or_name)
-    if found.is_file():
-        from tokjax.data.gguf_tokenizer import adds_bos, read_gguf_tokenizer
-        from tokjax.gguf_file import read_gguf
-
-        file = read_gguf(found)
-        tokenizer, add_bos = read_gguf_tokenizer(file), adds_bos(file)
-        ends = _gguf_ends(file)
-    else:
-        tokenizer, add_bos = _folder_tokenizer(found)
-        ends = _folder_ends(found)
+    described = checkpoint_tokenizer(found)
+    tokenizer, add_bos = read_tokenizer(described), described.add_bos
+    ends = _gguf_ends(found) if found.is_file() else _folder_ends(found)
     model, params = checkpoints.load(found, mesh=mesh, dtype=dtype)
     if not isinstance(model, Transformer) or not model.config.causal:
         raise ConfigError(
@@ -80,8 +73,11 @@ def _folder_ends(folder: Path) -> list[int]:
     return []
 
 
-def _gguf_ends(file: Any) -> list[int]:
+def _gguf_ends(path: Path) -> list[int]:
     """Returns the ids that end a turn or a message by a GGUF file."""
+    from tokjax.gguf_file import read_gguf
+
+    file = read_gguf(path)
     keys = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
     return [i for key in keys if (i := file.get(key, int, None)) is not None]
 
@@ -98,44 +94,9 @@ def _from_run(workdir: Path, mesh: Mesh | None, dtype: str | None) -> LanguageMo
     return LanguageModel(model, params, found.tokenizer, found.add_bos)
 
 
-def _folder_tokenizer(folder: Path) -> tuple[Tokenizer, bool]:
-    """Returns the tokenizer of a checkpoint's folder, and whether it begins texts with BOS."""
-    models = sorted(folder.glob("*.model"))
-    if (folder / "tokjax_tokenizer.json").is_file():
-        tokenizer = Tokenizer.load(folder)
-    elif (folder / "tokenizer.json").is_file():
-        from tokjax.data.huggingface_tokenizer import read_huggingface
-
-        tokenizer = read_huggingface(TokenizerConfig(name="huggingface", path=str(folder)))
-    elif models:
-        from tokjax.data.sentencepiece_tokenizer import read_sentencepiece
-
-        tokenizer = read_sentencepiece(TokenizerConfig(name="sentencepiece", path=str(models[0])))
-    else:
-        raise ConfigError(
-            f"{folder} has no tokenizer (tokenizer.json or a .model file): copy it there, or load "
-            f"the model alone by tokjax.models.load"
-        )
-    add_bos = _json(folder / "tokenizer_config.json").get("add_bos_token")
-    if isinstance(add_bos, bool):
-        return tokenizer, add_bos
-    spec = _json(folder / "tokenizer.json")
-    return tokenizer, _writes_bos(spec, tokenizer) if spec else bool(models)
-
-
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _writes_bos(spec: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
-    """Returns whether a tokenizer.json's template puts the BOS token before a text."""
-    processor = spec.get("post_processor") or {}
-    for part in processor.get("processors") or [processor]:
-        first = next(iter(part.get("single") or []), {}).get("SpecialToken", {}).get("id")
-        if first is not None and tokenizer.special_tokens.get(first) == tokenizer.bos_id:
-            return True
-    return False

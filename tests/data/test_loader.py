@@ -14,7 +14,7 @@ from tokjax.data.loader import EvalLoader, Loader, StageSlice
 from tokjax.data.store import StoreWriter, TokenStore
 from tokjax.errors import ConfigError, DataError
 
-FIELDS = [field.name for field in dataclasses.fields(Batch)]
+FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name != "channels"]
 
 
 class FakeStore:
@@ -36,6 +36,14 @@ class FakeStore:
         stop = int(self.lengths[i]) if stop is None else stop
         assert 0 <= start <= stop <= self.lengths[i]
         return (np.arange(start, stop) / 1000 + i).astype(np.float32)
+
+    has_pairs, channels = False, ()
+
+    def cut(self, i):
+        return 0
+
+    def channel(self, name, i, start=0, stop=None):
+        raise KeyError(name)
 
     def example_key(self, i):
         return f"{self.fingerprint}-{i:04x}"

@@ -1,5 +1,7 @@
 """The training batch: what every objective receives."""
 
+from collections.abc import Mapping
+
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -15,9 +17,11 @@ class Batch:
         segment_ids: 1, 2, ... for the pieces packed into a row; 0 is filling. Positions of
             different segments never attend to each other.
         weights: weight of each target in the loss; 0 on filling and wherever a target does not
-            count. Never inferred from token ids.
+            count. Never inferred from token ids. Targets of a rejected answer weigh below 0.
         example_id: for segment s of a row, column s - 1 holds the number of its example (an
-            index into the loader's list of examples), -1 where there is no such segment.
+            index into the loader's list of examples), -1 where there is no such segment. A pair of
+            answers is one example and two segments: the chosen one, then the rejected one.
+        channels: further values of each target by name (annotations), 0 on filling.
     """
 
     tokens: Int[Array, "B T"]
@@ -26,3 +30,4 @@ class Batch:
     segment_ids: Int[Array, "B T"]
     weights: Float[Array, "B T"]
     example_id: Int[Array, "B S"]
+    channels: Mapping[str, Float[Array, "B T"]] = struct.field(default_factory=dict)

@@ -16,6 +16,9 @@ class MixtureEntry:
 
     source: Annotated[Any, Choice("source")]  # where the examples come from
     rate: float = 1.0  # share of the rows of every batch, relative to the other entries
+    # file of a selection (`python -m tokjax.select`): only the examples it keeps are read, with its
+    # values of their tokens; None: all examples
+    artifact: str | None = None
 
     def __post_init__(self):
         if not self.rate > 0:

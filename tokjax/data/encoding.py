@@ -28,6 +28,7 @@ class Example:
       tokens: Int32[n], begin and end tokens included.
       weights: Float32[n], the weight of each token as a target; None: all 1.
       num_bytes: length of its text in UTF-8.
+      cut: where the second sequence of a pair begins in tokens; 0 where there is one only.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Example:
     tokens: np.ndarray
     weights: np.ndarray | None
     num_bytes: int
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,12 @@ class Encoder:
     def encode(self, documents: Sequence[Document]) -> list[Example | Problem]:
         """Returns the example of each document, or what is wrong with it, in order."""
         results: list[Example | Problem] = []
-        plain = [d for d in documents if d.weights is None and d.messages is None]
+        plain = [d for d in documents if _is_plain(d)]
         ids = iter(self._plain_ids([d.text for d in plain]))
         for document in documents:
             try:
-                if document.messages is not None:
-                    results.append(self._chat(document))
-                elif document.weights is not None:
-                    results.append(self._weighted(document))
+                if not _is_plain(document):
+                    results.append(self._with_weights(document))
                 else:
                     found = next(ids)
                     if isinstance(found, DataError):
@@ -85,6 +85,27 @@ class Encoder:
                     yield self.tokenizer.encode(text)
                 except DataError as error:
                     yield error
+
+    def _with_weights(self, document: Document) -> Example:
+        if document.rejected is not None:
+            return self._pair(document, document.rejected)
+        return self._weighted(document) if document.messages is None else self._chat(document)
+
+    def _pair(self, document: Document, rejected: Document) -> Example:
+        """Returns both answers as one example, the second with its weights negated."""
+        chosen = self._with_weights(dataclasses.replace(document, rejected=None))
+        other = self._with_weights(rejected)
+        assert chosen.weights is not None and other.weights is not None
+        tokens = np.concatenate([chosen.tokens, other.tokens])
+        self._check_length(tokens)
+        return Example(
+            document.name,
+            document.key,
+            tokens,
+            np.concatenate([chosen.weights, 0 - other.weights]),
+            chosen.num_bytes + other.num_bytes,
+            chosen.tokens.size,
+        )
 
     def _weighted(self, document: Document) -> Example:
         ids, offsets = self.tokenizer.encode_with_offsets(document.text)
@@ -131,14 +152,21 @@ class Encoder:
             before = () if before and tuple(ids[: len(before)]) == before else before
             after = () if after and tuple(ids[-len(after) :]) == after else after
         tokens = np.fromiter((*before, *ids, *after), np.int32)
-        if self.max_tokens is not None and tokens.size > self.max_tokens:
-            raise _Unusable(
-                "too long", f"it has {tokens.size} tokens, max_tokens is {self.max_tokens}"
-            )
+        self._check_length(tokens)
         if weights is not None:
             ends = np.zeros(len(before)), np.full(len(after), document.end_weight)
             weights = np.concatenate([ends[0], weights, ends[1]]).astype(np.float32)
         return Example(document.name, document.key, tokens, weights, len(text.encode()))
+
+    def _check_length(self, tokens: np.ndarray) -> None:
+        if self.max_tokens is not None and tokens.size > self.max_tokens:
+            raise _Unusable(
+                "too long", f"it has {tokens.size} tokens, max_tokens is {self.max_tokens}"
+            )
+
+
+def _is_plain(document: Document) -> bool:
+    return document.weights is None and document.messages is None and document.rejected is None
 
 
 def token_weights(length: int, ranges: Weights, offsets: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -201,15 +201,16 @@ def to_device(batch_fn: Callable[[slice], Batch], sharding: Sharding, batch_size
             ) from error
 
     first, *rest = built.values()
-    placed = {
-        name: place(
-            getattr(first, name),
-            *(getattr(part, name) for part in rest),
-            sharding=by_row if name == "example_id" else sharding,
-        )
-        for name in ("tokens", "targets", "positions", "segment_ids", "weights", "example_id")
-    }
-    return Batch(**placed)
+    leaves = [jax.tree_util.tree_flatten_with_path(part) for part in (first, *rest)]
+    placed = [
+        place(*(leaf for _, leaf in same), sharding=by_row if _by_row(same[0][0]) else sharding)
+        for same in zip(*(found for found, _ in leaves), strict=True)
+    ]
+    return jax.tree.unflatten(leaves[0][1], placed)
+
+
+def _by_row(path: Any) -> bool:
+    return path[0].name == "example_id"
 
 
 def _bounds(rows: slice, size: int) -> tuple[int, int]:

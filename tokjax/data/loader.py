@@ -4,6 +4,7 @@ Nothing is read ahead of its turn and nothing is replayed: to resume at step n, 
 host can build any rows of any batch, so the data do not depend on how many hosts there are.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -48,6 +49,26 @@ class Store(Protocol):
 
     def weights(self, i: int, start: int = 0, stop: int | None = None) -> Float32[np.ndarray, "n"]:
         """Weights, as targets, of tokens [start, stop) of example i."""
+        ...
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether every example is a pair of sequences, which stay in one row."""
+        ...
+
+    def cut(self, i: int) -> int:
+        """Where the second sequence of example i begins; 0 where there is one only."""
+        ...
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of what is known of each token besides its weight."""
+        ...
+
+    def channel(
+        self, name: str, i: int, start: int = 0, stop: int | None = None
+    ) -> Float32[np.ndarray, "n"]:
+        """Values of a channel, as targets, at tokens [start, stop) of example i."""
         ...
 
     def example_key(self, i: int) -> str:
@@ -100,7 +121,10 @@ class _Rows:
         if not stores:
             raise ConfigError("a loader needs at least one token store")
         _check_tokenizers(stores)
+        _check_pairs(stores, config)
         self.stores = list(stores)
+        self.channels = tuple(sorted({name for store in stores for name in store.channels}))
+        self.sequences = 2 if stores[0].has_pairs else 1  # of an example
         self.plans = [plan_packing(store, config, _plan_cache(store)) for store in stores]
         self.first_example = np.cumsum([0, *(store.num_examples for store in stores)])
         if self.first_example[-1] > np.iinfo(np.int32).max:
@@ -111,7 +135,8 @@ class _Rows:
 
     def window_facts(self, length: int) -> tuple[int, int]:
         facts = [plan.window_facts(length) for plan in self.plans]
-        return max(most for most, _ in facts), sum(cuts for _, cuts in facts)
+        most = self.sequences * max(most for most, _ in facts)
+        return most, sum(cuts for _, cuts in facts)
 
     def build(
         self, rows: Sequence[tuple[int, int, slice] | None], segments: int, length: int
@@ -127,22 +152,31 @@ class _Rows:
             segment_ids=np.zeros(shape, np.int32),
             weights=np.zeros(shape, np.float32),
             example_id=np.full((len(rows), segments), -1, np.int32),
+            channels={name: np.zeros(shape, np.float32) for name in self.channels},
         )
         for r, place in enumerate(rows):
             if place is None:
                 continue
             source, row, window = place
             store = self.stores[source]
-            pieces = self.plans[source].pieces(row, window)
-            for s, (example, start, stop, offset) in enumerate(pieces):
+            used = 0
+            for example, start, stop, offset in self.plans[source].pieces(row, window):
                 span = slice(offset, offset + stop - start)
                 sequence = store.tokens(example, start, stop + 1)
                 batch.tokens[r, span] = sequence[:-1]
                 batch.targets[r, span] = sequence[1:]
-                batch.positions[r, span] = np.arange(stop - start)
-                batch.segment_ids[r, span] = s + 1
                 batch.weights[r, span] = store.weights(example, start + 1, stop + 1)
-                batch.example_id[r, s] = self.first_example[source] + example
+                for name in store.channels:
+                    values = store.channel(name, example, start + 1, stop + 1)
+                    batch.channels[name][r, span] = values
+                for first, last in _sequences(store.cut(example), offset, start, stop):
+                    batch.positions[r, first:last] = np.arange(last - first)
+                    batch.segment_ids[r, first:last] = used + 1
+                    batch.example_id[r, used] = self.first_example[source] + example
+                    used += 1
+                if cut := store.cut(example):
+                    # The chosen answer's end does not predict the rejected one's beginning.
+                    batch.weights[r, offset + cut - 1] = 0.0
         return batch
 
     def find(self, example_id: int) -> tuple[Store, int]:
@@ -200,7 +234,7 @@ class Loader:
         if not stages:
             raise ConfigError("a loader needs at least one stage")
         factor = math.lcm(*(stage.tokens_per_position for stage in stages))
-        config = PackingConfig(seq_len * factor, factor, packing, long_examples)
+        config = _packing(stores, seq_len * factor, factor, packing, long_examples)
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
@@ -229,6 +263,11 @@ class Loader:
         if not 0 <= step < self.total_steps:
             raise IndexError(f"step {step} is outside the run's {self.total_steps} steps")
         return next(s for s in reversed(self._stages) if s.first_step <= step)
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the batches' channels."""
+        return self._rows.channels
 
     def shape(self, step: int) -> tuple[int, int, int]:
         """Returns (B, T, S) of the global batch of a step: the same throughout a stage."""
@@ -349,7 +388,7 @@ class EvalLoader:
     ):
         _check_sizes(seq_len, batch_size)
         length = seq_len * tokens_per_position
-        config = PackingConfig(length, tokens_per_position, packing, long_examples)
+        config = _packing(stores, length, tokens_per_position, packing, long_examples)
         self.batch_size = batch_size
         self._rows = _Rows(stores, config)
         self._segments, _ = self._rows.window_facts(length)
@@ -395,6 +434,32 @@ class EvalLoader:
     def describe(self) -> dict[str, Any]:
         """Returns the facts of one pass: see `PackingStats`, and `batches`."""
         return {**asdict(total_stats(self._rows.plans)), "batches": len(self)}
+
+
+def _packing(
+    stores: Sequence[Store], row_len: int, align: int, mode: str, long_examples: str
+) -> PackingConfig:
+    """Returns how to pack; a pair longer than a row is refused, for half of it says nothing."""
+    pairs = any(store.has_pairs for store in stores)
+    return PackingConfig(row_len, align, mode, "error" if pairs else long_examples)
+
+
+def _sequences(cut: int, offset: int, start: int, stop: int) -> list[tuple[int, int]]:
+    """Returns the places of a row that each sequence of a piece takes."""
+    ends = [start, cut, stop] if cut else [start, stop]
+    return [(offset + a - start, offset + b - start) for a, b in itertools.pairwise(ends)]
+
+
+def _check_pairs(stores: Sequence[Store], config: PackingConfig) -> None:
+    """Refuses what would tear pairs apart."""
+    if not any(store.has_pairs for store in stores):
+        return
+    if not all(store.has_pairs for store in stores):
+        raise ConfigError("data.train mixes pairs of answers with single examples: train on one")
+    if config.align > 1:
+        raise ConfigError("an objective that shortens sequences cannot read pairs of answers")
+    if config.mode == "concat":
+        raise ConfigError("data.packing='concat' cuts pairs of answers: take 'best_fit' or 'none'")
 
 
 def _check_sizes(seq_len: int, batch_size: int) -> None:

@@ -305,6 +305,7 @@ def _make_quietly(request: Request, encoder: Encoder, directory: Path, progress:
                     key=example.key,
                     name=example.name,
                     num_bytes=example.num_bytes,
+                    cut=example.cut,
                 )
                 advance()
     reporter.summary(TokenStore.open(directory), time.monotonic() - start)

@@ -146,7 +146,7 @@ def _parquet(file: str, source: ParquetSource) -> Iterator[Document | Problem]:
         for field in source.fields:
             if field not in present:
                 raise ConfigError(f"{file} has no column {field!r}.{nearest(field, present)}")
-        wanted = {*source.fields, source.id, source.weights}
+        wanted = {*source.fields, *source.optional_fields}
         columns = [name for name in present if name in wanted]
         row = 0
         for batch in table.iter_batches(_PARQUET_ROWS, columns=columns):

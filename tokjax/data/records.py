@@ -1,9 +1,10 @@
 """One record with named fields into a document, or what is wrong with it."""
 
+import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tokjax.data.sources import Document, RecordSource, make_key, namespace
@@ -33,29 +34,8 @@ def to_document(record: Any, source: RecordSource, name: str) -> Document:
     """
     if not isinstance(record, Mapping):
         raise BadRecord("not an object", f"a record must be {{...}}, this is {_shown(record)}")
-    for field in source.fields:
-        if field not in record:
-            close = nearest(field, [k for k in record if isinstance(k, str)])
-            raise BadRecord(f"field {field!r} is missing", close.strip() or "the record is empty")
-        if record[field] is None:
-            raise BadRecord(f"field {field!r} is null")
-    weights: Weights | None
-    start = stop = 0
-    if source.kind == "messages":
-        messages = check_messages(record[source.messages], source.messages)
-        text, weights = "", None
-        spoken = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
-        content = json.dumps(spoken, sort_keys=True, default=str)
-    else:
-        messages = None
-        if source.kind == "text":
-            text = content = _string(record, source.text)
-            stop = len(text)
-            weights = _weights(record, source, 0, stop)
-        else:
-            text, start, stop = join(record, source)
-            content = text
-            weights = ((start, stop, 1.0), *(_weights(record, source, start, stop) or ())[1:])
+    _require(record, source.fields)
+    document, content = _READERS[source.kind](record, source)
     explicit = record.get(source.id) if source.id else None
     if explicit is not None:
         if isinstance(explicit, bool) or not isinstance(explicit, str | int):
@@ -65,20 +45,137 @@ def to_document(record: Any, source: RecordSource, name: str) -> Document:
             )
         content = f"{type(explicit).__name__}:{explicit}"
     key = make_key(namespace(source), content, explicit=explicit is not None)
-    # The end token belongs to what it ends: it weighs as much as the last character before it.
+    return dataclasses.replace(document, name=name, key=key, explicit_key=explicit is not None)
+
+
+def _require(record: Mapping[str, Any], fields: Iterable[str]) -> None:
+    for field in fields:
+        if field not in record:
+            close = nearest(field, [k for k in record if isinstance(k, str)])
+            raise BadRecord(f"field {field!r} is missing", close.strip() or "the record is empty")
+        if record[field] is None:
+            raise BadRecord(f"field {field!r} is null")
+
+
+Content = str  # of a record, for the key of one without an id
+
+
+def _plain(record: Mapping[str, Any], source: RecordSource) -> tuple[Document, Content]:
+    text = _string(record, source.text)
+    return _weighted(text, _weights(record, source.weights, 0, len(text)), len(text)), text
+
+
+def _response(record: Mapping[str, Any], source: RecordSource) -> tuple[Document, Content]:
+    document = _answer(record, source, source.response, source.weights)
+    return document, document.text
+
+
+def _rated(record: Mapping[str, Any], source: RecordSource) -> tuple[Document, Content]:
+    label = record[source.label]
+    if label not in (True, False):
+        raise BadRecord(f"the label in {source.label!r} is not true or false", _shown(label))
+    if record.get(source.messages) is not None:
+        document, text = _chat(record, source)
+        own = [i for i, m in enumerate(document.messages or ()) if m.get("role") == "assistant"]
+        sign = 1.0 if label else -1.0
+        messages = [
+            {**m, "weight": sign * m.get("weight", 1.0)} if i in own else m
+            for i, m in enumerate(document.messages or ())
+        ]
+        return dataclasses.replace(document, messages=tuple(messages)), f"{text}\0{bool(label)}"
+    _require(record, source.template_fields)
+    document, text = _response(record, source)
+    return document if label else _negated(document), f"{text}\0{bool(label)}"
+
+
+def _chat(record: Mapping[str, Any], source: RecordSource) -> tuple[Document, Content]:
+    messages = check_messages(record[source.messages], source.messages)
+    return Document("", "", "", None, messages), _spoken(messages)
+
+
+def _preference(record: Mapping[str, Any], source: RecordSource) -> tuple[Document, Content]:
+    fields = source.chosen, source.rejected
+    if any(isinstance(record[field], list | tuple) for field in fields):
+        chosen, rejected = (_dialogue(record, source, field) for field in fields)
+        content = "\0".join(_spoken(d.messages or ()) for d in (chosen, rejected))
+    else:
+        named = (source.field_of(n) for _, n in source.pieces if n and n != "response")
+        _require(record, named)
+        weights = source.weights, source.weights and f"rejected_{source.weights}"
+        chosen, rejected = (
+            _answer(record, source, *pair) for pair in zip(fields, weights, strict=True)
+        )
+        content = f"{chosen.text}\0{rejected.text}"
+    return dataclasses.replace(chosen, rejected=rejected), content
+
+
+def _answer(record: Mapping[str, Any], source: RecordSource, field: str, weights: str) -> Document:
+    """Returns the document of a prompt with the response in a field, which alone counts."""
+    text, start, stop = join(record, source, field)
+    ranges = ((start, stop, 1.0), *(_weights(record, weights, start, stop) or ())[1:])
+    return _weighted(text, ranges, stop if start < stop else 0)
+
+
+def _dialogue(record: Mapping[str, Any], source: RecordSource, field: str) -> Document:
+    """Returns the chat that ends in a response; of its messages the last one alone counts."""
+    before: tuple[dict[str, Any], ...] = ()
+    if isinstance(record.get(source.prompt), list | tuple):
+        before = check_messages(record[source.prompt], source.prompt)
+    elif isinstance(record.get(source.prompt), str) and isinstance(record[field], str):
+        before = ({"role": "user", "content": _string(record, source.prompt)},)
+    if isinstance(record[field], str):
+        last = ({"role": "assistant", "content": _string(record, field)},)
+    else:
+        last = check_messages(record[field], field)
+    messages = [
+        {"weight": 0.0, **m} if m.get("role") == "assistant" else m for m in (*before, *last)
+    ]
+    messages[-1] = {"weight": 1.0, **last[-1]}
+    return Document("", "", "", None, tuple(messages))
+
+
+def _weighted(text: str, weights: Weights | None, stop: int) -> Document:
+    """Returns a document whose end weighs as much as what it ends, character stop - 1."""
     covering = [weight for first, last, weight in weights or () if first < stop <= last]
-    end_weight = covering[-1] if covering and start < stop else 1.0
-    return Document(name, key, text, weights, messages, end_weight, explicit is not None)
+    return Document("", "", text, weights, end_weight=covering[-1] if covering else 1.0)
 
 
-def join(record: Mapping[str, Any], source: RecordSource) -> tuple[str, int, int]:
-    """Returns the text of a prompt and response, and where the response starts and stops."""
+def _negated(document: Document) -> Document:
+    weights = tuple((first, last, -weight) for first, last, weight in document.weights or ())
+    return dataclasses.replace(document, weights=weights, end_weight=-document.end_weight)
+
+
+def _spoken(messages: Iterable[Mapping[str, Any]]) -> Content:
+    spoken = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
+    return json.dumps(spoken, sort_keys=True, default=str)
+
+
+_READERS: Mapping[str, Callable[..., tuple[Document, Content]]] = {
+    "text": _plain,
+    "response": _response,
+    "messages": _chat,
+    "rated": _rated,
+    "preference": _preference,
+}
+
+
+def join(
+    record: Mapping[str, Any], source: RecordSource, response: str | None = None
+) -> tuple[str, int, int]:
+    """Returns the text of a prompt and response, and where the response starts and stops.
+
+    Args:
+      record: with the fields of the source's template.
+      source: says how the two are joined.
+      response: the field that the response is in; None: the source's.
+    """
     text, start, stop = "", 0, 0
     for before, name in source.pieces:
         text += before
         if name is None:
             continue
-        value = _string(record, source.field_of(name))
+        field = response if name == "response" and response else source.field_of(name)
+        value = _string(record, field)
         if name == "response":
             start, stop = len(text), len(text) + len(value)
         text += value
@@ -129,14 +226,11 @@ def _unicode(text: str, field: str) -> None:
         ) from None
 
 
-def _weights(
-    record: Mapping[str, Any], source: RecordSource, start: int, stop: int
-) -> Weights | None:
+def _weights(record: Mapping[str, Any], field: str, start: int, stop: int) -> Weights | None:
     """Returns the whole range with weight 1, then the record's own ranges; None without any."""
-    given = record.get(source.weights) if source.weights else None
+    given = record.get(field) if field else None
     if given is None:
         return None
-    field = source.weights
     reason = f"field {field!r} is no list of [start, end, weight]"
     if not isinstance(given, list | tuple):
         raise BadRecord(reason, f"it is {_shown(given)}; set weights='' to ignore the field")

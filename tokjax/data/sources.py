@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from tokjax.config.schema import register, registered_name
 from tokjax.errors import ConfigError
 
-RecordKind = Literal["text", "response", "messages"]
+RecordKind = Literal["text", "response", "messages", "rated", "preference"]
 StdlibPart = Literal["topics", "docstrings", "sources"]
 
 
@@ -31,6 +31,7 @@ class Document:
       messages: the chat, each message with "role", "content" and perhaps "weight", or None.
       end_weight: weight of the end token, where `weights` are given.
       explicit_key: whether `key` was made from an id that the record carries.
+      rejected: of a pair, the answer that is not wanted; its weights are negated later.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Document:
     messages: tuple[dict[str, Any], ...] | None = None
     end_weight: float = 1.0
     explicit_key: bool = False
+    rejected: "Document | None" = None
 
 
 @dataclass(frozen=True)
@@ -103,21 +105,31 @@ class TextSource(FileSource):
 class RecordSource:
     """Records with named fields, and which of them make an example."""
 
-    # what a record is: plain text (every token counts), a prompt with a response, or a chat (only
-    # responses and assistant turns count)
+    # what a record is: plain text (every token counts); a prompt with a response, or a chat (only
+    # responses and assistant turns count); a prompt with a response that is good or bad (weights of
+    # bad ones are negative); a prompt with a chosen and a rejected response (weights of the
+    # rejected one are negative)
     kind: RecordKind = "text"
     text: str = "text"  # kind text: field of the text
-    prompt: str = "prompt"  # kind response: field of the prompt
-    response: str = "response"  # kind response: field of the response
-    # kind response: how the two are joined; {prompt} and {response} are the fields named above, any
-    # other {name} is the field of that name
+    prompt: str = "prompt"  # kinds with a prompt: field of the prompt
+    response: str = "response"  # kinds response and rated: field of the response
+    # kind rated: field that is true for a good response; the answers of a chat (field `messages`)
+    # are rated where a record has one instead of prompt and response
+    label: str = "label"
+    # kind preference: field of the better response; it may also be a chat, of which the last
+    # message counts (the prompt may then be a chat too, or missing)
+    chosen: str = "chosen"
+    rejected: str = "rejected"  # kind preference: field of the worse response, as the better one
+    # kinds with a prompt: how it is joined to a response; {prompt} and {response} are these two,
+    # any other {name} is the field of that name
     template: str = "{prompt}{response}"
     messages: str = "messages"  # kind messages: field of the list of {"role", "content"}
-    # kind messages: Jinja2 template, path of a .jinja file, or "chatml"; None: the tokenizer's own,
-    # else chatml
+    # chats: Jinja2 template, path of a .jinja file, or "chatml"; None: the tokenizer's own, else
+    # chatml
     chat_template: str | None = None
     # optional field of weights, [[start, end, weight], ...] in characters of the text or response
-    # (in a chat each message may have a "weight" instead); "" ignores such a field
+    # (in a chat each message may have a "weight" instead; those of a rejected response are in the
+    # field of this name behind "rejected_"); "" ignores such a field
     weights: str = "weights"
     id: str = "id"  # optional field of a unique id (text or whole number); "" ignores such a field
 
@@ -126,6 +138,8 @@ class RecordSource:
             "text": ("text",),
             "response": ("prompt", "response"),
             "messages": ("messages",),
+            "rated": ("label",),
+            "preference": ("prompt", "chosen", "rejected"),
         }[self.kind]
         for field in used:
             if not getattr(self, field):
@@ -139,7 +153,25 @@ class RecordSource:
             return (self.text,)
         if self.kind == "messages":
             return (self.messages,)
+        if self.kind == "preference":
+            return (self.chosen, self.rejected)
+        if self.kind == "rated":
+            return (self.label,)
+        return self.template_fields
+
+    @property
+    def template_fields(self) -> tuple[str, ...]:
+        """The fields that the template names, the response's included."""
         return tuple(dict.fromkeys(self.field_of(name) for _, name in self.pieces if name))
+
+    @property
+    def optional_fields(self) -> tuple[str, ...]:
+        """The fields that a record may have besides."""
+        more = {
+            "preference": (self.prompt, f"rejected_{self.weights}", *self.template_fields),
+            "rated": (self.messages, *self.template_fields),
+        }
+        return (self.id, self.weights, *more.get(self.kind, ()))
 
     @property
     def pieces(self) -> list[tuple[str, str | None]]:

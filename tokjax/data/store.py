@@ -3,6 +3,7 @@
     manifest.json   what it is, how it was made, and the size and SHA-256 of every other file
     tokens.bin      ids of all examples one after another, uint16, or uint32 for large vocabularies
     weights.bin     float32 beside each token; only where some weight is not 1
+    cuts.bin        int64 [N], where the second sequence of each pair begins; only of pairs
     offsets.bin     int64 [N + 1], where each example starts in tokens.bin
     lengths.bin     int64 [N]
     keys.bin        uint64 [N], and repeats.bin uint32 [N] only where a key occurs more than once
@@ -53,6 +54,7 @@ class TokenStore:
         n, vocab_size = self.num_examples, manifest["tokenizer"]["vocab_size"]
         self._tokens = self._map("tokens.bin", manifest["token_dtype"], self.num_tokens)
         self._weights = self._map("weights.bin", "<f4", self.num_tokens)
+        self._cuts = self._map("cuts.bin", "<i8", n)
         self._offsets = self._map("offsets.bin", "<i8", n + 1)
         self.lengths: np.ndarray = self._map("lengths.bin", "<i8", n)
         self._keys = self._map("keys.bin", "<u8", n)
@@ -90,6 +92,16 @@ class TokenStore:
         """Whether some weight differs from 1."""
         return self._weights is not None
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether every example is a pair of sequences."""
+        return self._cuts is not None
+
+    def cut(self, i: int) -> int:
+        """Returns where the second sequence of example `i` begins; 0 where there is one only."""
+        self._range(i, 0, 0)
+        return 0 if self._cuts is None else int(self._cuts[i])
+
     def tokens(self, i: int, start: int = 0, stop: int | None = None) -> Int32[np.ndarray, "n"]:
         """Returns the ids of tokens [start, stop) of example `i`, a copy.
 
@@ -108,6 +120,21 @@ class TokenStore:
         if self._weights is None:
             return np.ones(span.stop - span.start, np.float32)
         return np.array(self._weights[span], np.float32)
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of what is known of each token besides its weight: nothing; see `Annotated`."""
+        return ()
+
+    def channel(
+        self, name: str, i: int, start: int = 0, stop: int | None = None
+    ) -> Float32[np.ndarray, "n"]:
+        """Refuses every name.
+
+        Raises:
+          KeyError: always.
+        """
+        raise KeyError(f"the token store {self.directory} has no channel {name!r}")
 
     def example_key(self, i: int) -> str:
         """Returns the stable key of example `i`; see `tokjax.data.sources.make_key`.

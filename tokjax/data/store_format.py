@@ -15,6 +15,7 @@ _REMEDY = "Delete the directory {directory} and run the preparation again."
 FILES = {
     "tokens.bin",
     "weights.bin",
+    "cuts.bin",
     "offsets.bin",
     "lengths.bin",
     "keys.bin",
@@ -24,7 +25,7 @@ FILES = {
     "unigram.bin",
     "skipped.jsonl",
 }
-OPTIONAL = {"weights.bin", "repeats.bin", "skipped.jsonl"}
+OPTIONAL = {"weights.bin", "cuts.bin", "repeats.bin", "skipped.jsonl"}
 
 
 def content_fingerprint(manifest: dict[str, Any]) -> str:

@@ -71,11 +71,13 @@ class StoreWriter:
         self._unigram = np.zeros(vocab_size, np.int64)
         self._weighted_tokens = self._unweighted_examples = 0
         self._skipped: dict[str, int] = {}
+        self._pairs = False
         self._first_skipped = ""
         self._temporary: Path | None = None
         self._columns: dict[str, _Column] = {}
         self._tokens: list[np.ndarray] = []
         self._weights: list[np.ndarray | None] = []
+        self._cuts: list[int] = []
         self._keys: list[int] = []
         self._names: list[bytes] = []
         self._buffered = 0
@@ -121,6 +123,7 @@ class StoreWriter:
         key: str,
         name: str,
         num_bytes: int = 0,
+        cut: int = 0,
     ) -> None:
         """Appends an example.
 
@@ -131,10 +134,11 @@ class StoreWriter:
             `tokjax.data.sources.make_key`. Equal keys are told apart by `-1`, `-2`, ...
           name: where the example comes from, for people.
           num_bytes: length of its text in UTF-8.
+          cut: where the second sequence of a pair begins; 0: the example is no pair.
 
         Raises:
-          DataError: an id outside the vocabulary, a weight that is not finite, or as many weights
-            as tokens not given. The example is then not added.
+          DataError: an id outside the vocabulary, a weight that is not finite, as many weights as
+            tokens not given, or pairs and others in one store. The example is then not added.
           StorageError: the disk is full.
         """
         ids = np.asarray(tokens, np.int64)
@@ -146,6 +150,11 @@ class StoreWriter:
                 f"{name}: the token id {low if low < 0 else high} is outside the vocabulary of "
                 f"{self._vocab_size} ids. Use the tokenizer that made the ids."
             )
+        if not 0 <= cut < ids.size:
+            raise DataError(f"{name}: cut={cut} is not inside its {ids.size} tokens")
+        if self.num_examples and bool(cut) != self._pairs:
+            raise DataError(f"{name}: a token store holds pairs or single examples, not both")
+        self._pairs = bool(cut)
         column = None
         if weights is not None:
             column = np.asarray(weights, "<f4")
@@ -167,6 +176,7 @@ class StoreWriter:
         self._unweighted_examples += weighted == 0
         self._tokens.append(ids.astype(self._dtype))
         self._weights.append(column)
+        self._cuts.append(cut)
         self._keys.append(number)
         self._names.append(name.encode("utf-8", "replace"))
         self.num_examples += 1
@@ -216,11 +226,14 @@ class StoreWriter:
                 self._append("weights.bin", np.ones(ids.size, "<f4") if column is None else column)
         elif "weights.bin" in self._columns:
             self._append("weights.bin", np.ones(tokens.size, "<f4"))
+        if self._pairs:
+            self._append("cuts.bin", np.array(self._cuts, "<i8"))
         self._append("keys.bin", np.array(self._keys, "<u8"))
         self._append("names.bin", b"".join(self._names))
         self._append("name_lengths.tmp", np.array([len(n) for n in self._names], "<i8"))
         self._written += tokens.size
         self._tokens, self._weights, self._keys, self._names = [], [], [], []
+        self._cuts = []
         self._buffered = 0
 
     def _backfill_weights(self) -> None:

@@ -1,7 +1,7 @@
 """Sources as seqio tasks, and tasks as mixtures. Importing this imports TensorFlow.
 
 A task's examples have `tokens` (int32 ids, begin and end tokens included), `weights` (float32, the
-weight of each token as a target), `key`, `name` and `num_bytes`.
+weight of each token as a target), `key`, `name`, `num_bytes` and `cut` (see `Example`).
 """
 
 import contextlib
@@ -39,6 +39,7 @@ _FEATURES = {
     "key": tf.TensorSpec([], tf.string),  # type: ignore[abstract]
     "name": tf.TensorSpec([], tf.string),  # type: ignore[abstract]
     "num_bytes": tf.TensorSpec([], tf.int64),  # type: ignore[abstract]
+    "cut": tf.TensorSpec([], tf.int64),  # type: ignore[abstract]
 }
 
 
@@ -171,26 +172,37 @@ def _together(source: Any) -> int:
 
 
 def _to_features(document: Document) -> dict[str, bytes]:
-    facts = {
+    return {
+        "text": document.text.encode("utf-8", "surrogatepass"),
+        "facts": json.dumps(_facts(document), default=str).encode(),
+    }
+
+
+def _facts(document: Document) -> dict[str, Any]:
+    rejected = document.rejected
+    return {
         "name": document.name,
         "key": document.key,
         "weights": document.weights,
         "messages": document.messages,
         "end_weight": document.end_weight,
-    }
-    return {
-        "text": document.text.encode("utf-8", "surrogatepass"),
-        "facts": json.dumps(facts, default=str).encode(),
+        "rejected": rejected and {**_facts(rejected), "text": rejected.text},
     }
 
 
 def _from_features(text: bytes, facts: bytes) -> Document:
-    loaded = json.loads(facts)
+    return _document(text.decode("utf-8", "surrogatepass"), json.loads(facts))
+
+
+def _document(text: str, loaded: dict[str, Any]) -> Document:
+    if loaded["rejected"] is not None:
+        rejected = dict(loaded["rejected"])
+        loaded["rejected"] = _document(rejected.pop("text"), rejected)
     for name in ("weights", "messages"):
         if loaded[name] is not None:
             items = loaded[name]
             loaded[name] = tuple(tuple(i) if name == "weights" else i for i in items)
-    return Document(text=text.decode("utf-8", "surrogatepass"), **loaded)
+    return Document(text=text, **loaded)
 
 
 def _tokenize(source: Any, encoder: Encoder, inspector: Inspector) -> Callable[..., Any]:
@@ -214,10 +226,11 @@ def _tokenize(source: Any, encoder: Encoder, inspector: Inspector) -> Callable[.
             np.array([e.key.encode() for e in examples], object),
             np.array([e.name.encode("utf-8", "replace") for e in examples], object),
             np.array([e.num_bytes for e in examples], np.int64),
+            np.array([e.cut for e in examples], np.int64),
         )
 
     watched = inspector.watched(encode)
-    types = [tf.int32, tf.float32, tf.int64, tf.string, tf.string, tf.int64]
+    types = [tf.int32, tf.float32, tf.int64, tf.string, tf.string, tf.int64, tf.int64]
 
     def batch(element: Mapping[str, Any]) -> dict[str, Any]:
         arrays = tf.numpy_function(watched, [element["text"], element["facts"]], types)
@@ -226,7 +239,7 @@ def _tokenize(source: Any, encoder: Encoder, inspector: Inspector) -> Callable[.
             name: _ragged(values, splits, validate=False)
             for name, values in (("tokens", tokens), ("weights", weights))
         }
-        return {**rows, **dict(zip(("key", "name", "num_bytes"), rest, strict=True))}
+        return {**rows, **dict(zip(("key", "name", "num_bytes", "cut"), rest, strict=True))}
 
     def preprocess(dataset: tf.data.Dataset) -> tf.data.Dataset:
         dataset = dataset.batch(_together(source))
@@ -265,6 +278,7 @@ def task_examples(task: seqio.Task, source: Any, inspector: Inspector) -> Iterat
             element["tokens"],
             None if (weights == 1).all() else weights,
             int(element["num_bytes"]),
+            int(element["cut"]),
         )
 
 

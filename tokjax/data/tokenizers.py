@@ -18,11 +18,12 @@ __all__ = [
     "sequence_ends",
 ]
 
-NAMES = ("bytes", "bpe", "sentencepiece", "huggingface", "gguf")
+NAMES = ("bytes", "bpe", "sentencepiece", "huggingface", "gguf", "saved", "checkpoint")
 _LOADED = {
     "sentencepiece": ".model file",
     "huggingface": "tokenizer.json or its folder",
     "gguf": ".gguf file",
+    "saved": "folder that a tokenizer was saved to",
 }
 SMALLEST_BPE = 260  # 256 bytes, <|endoftext|>, and at least three merges
 
@@ -31,7 +32,8 @@ SMALLEST_BPE = 260  # 256 bytes, <|endoftext|>, and at least three merges
 class TokenizerConfig:
     """Which tokenizer, and what it puts around a sequence."""
 
-    # bytes, bpe (trained on `corpus`), sentencepiece, huggingface or gguf (from `path`)
+    # bytes, bpe (trained on `corpus`), sentencepiece, huggingface, gguf or saved (from `path`), or
+    # checkpoint (that of the run's init_from)
     name: str = "bpe"
     path: str | None = None  # .model file; tokenizer.json or the folder that holds it; .gguf file
     vocab_size: int = 8192  # ids of the bpe, the special one and the 256 bytes included
@@ -49,7 +51,7 @@ class TokenizerConfig:
         if self.name in _LOADED and not self.path:
             wanted = _LOADED[self.name]
             raise ConfigError(f"tokenizer {self.name!r} needs tokenizer.path: the {wanted}.")
-        if self.name not in _LOADED:
+        if self.name in ("bytes", "bpe"):
             for field in ("path", "bos", "eos", "pad"):
                 if getattr(self, field):
                     raise ConfigError(
@@ -85,20 +87,36 @@ def build_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
         from tokjax.data.bpe import cached_bpe
 
         tokenizer = cached_bpe(config.corpus, config.vocab_size, cache_dir)
-    elif config.name == "sentencepiece":
-        from tokjax.data.sentencepiece_tokenizer import read_sentencepiece
-
-        tokenizer = read_sentencepiece(config)
-    elif config.name == "gguf":
-        from tokjax.data.gguf_tokenizer import read_gguf_tokenizer
-
-        tokenizer = read_gguf_tokenizer(Path(config.path or "").expanduser(), config)
     else:
-        from tokjax.data.huggingface_tokenizer import read_huggingface
-
-        tokenizer = read_huggingface(config)
+        tokenizer = read_tokenizer(config)
     sequence_ends(config, tokenizer)  # refuses an impossible add_eos now
     return tokenizer
+
+
+def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """Returns a tokenizer that lies in files.
+
+    Raises:
+      ConfigError: the path is missing or unreadable, or there is none to read.
+    """
+    if config.name == "sentencepiece":
+        from tokjax.data.sentencepiece_tokenizer import read_sentencepiece
+
+        return read_sentencepiece(config)
+    if config.name == "gguf":
+        from tokjax.data.gguf_tokenizer import read_gguf_tokenizer
+
+        return read_gguf_tokenizer(Path(config.path or "").expanduser(), config)
+    if config.name == "huggingface":
+        from tokjax.data.huggingface_tokenizer import read_huggingface
+
+        return read_huggingface(config)
+    if config.name == "saved":
+        return Tokenizer.load(Path(config.path or "").expanduser())
+    raise ConfigError(
+        f"tokenizer {config.name!r} lies in no file of its own: 'checkpoint' needs a run with "
+        f"init_from"
+    )
 
 
 def sequence_ends(config: TokenizerConfig, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

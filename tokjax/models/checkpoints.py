@@ -42,6 +42,25 @@ def load(
     return huggingface.load(found, mesh=mesh, dtype=dtype)
 
 
+def describe(path: Path) -> Any:
+    """Returns the model of a checkpoint that `find` found, without reading its parameters.
+
+    Raises:
+        CheckpointError: its description is missing or damaged.
+        ConfigError: the model is not supported.
+    """
+    if path.is_file():
+        from tokjax.gguf_file import read_gguf
+        from tokjax.models.gguf.architectures import config_of
+        from tokjax.models.transformer import Transformer
+
+        return Transformer(config_of(read_gguf(path)))
+    from tokjax.models.huggingface.checkpoints import model_of
+    from tokjax.models.huggingface.loading import read_config
+
+    return model_of(read_config(path))
+
+
 def find(path_or_name: str | os.PathLike) -> Path:
     """Returns where a checkpoint lies: a GGUF file, or a folder in Hugging Face's form.
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from tokjax.config import diff, resolve, to_dict
 from tokjax.errors import ConfigError
 from tokjax.files import storage_errors, write_atomically
@@ -269,8 +267,9 @@ def _stage_cost(run: Run, stage: Stage, table: Mapping[str, list[Any]]) -> Stage
 
 
 def _counted_flops(run: Run, stage: Stage) -> float:
-    state = jax.eval_shape(lambda: run.init_state(stage))
-    return matmul_flops(run.train_step(stage), state, run.loader.batch(stage.first_step))
+    return matmul_flops(
+        run.train_step(stage), run.abstract_state(stage), run.loader.batch(stage.first_step)
+    )
 
 
 def _series(table: Mapping[str, list[Any]], name: str) -> Series:

@@ -27,6 +27,11 @@ class LaterSteps:
         """Rows of a batch, over all hosts."""
         return self.loader.batch_size
 
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the batches' channels."""
+        return self.loader.channels
+
     def shape(self, step: int) -> tuple[int, int, int]:
         """Returns (B, T, S) of the global batch of a step."""
         return self.loader.shape(step + self.first_step)

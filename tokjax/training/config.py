@@ -6,14 +6,20 @@ from typing import Annotated, Any, Literal
 from tokjax.config import Choice
 from tokjax.data.config import DataConfig
 from tokjax.errors import ConfigError
+from tokjax.finetuning import q_tuning, rft, sft
 from tokjax.models.config import ModelConfig
 from tokjax.parallel.mesh import MeshConfig
+from tokjax.preference import dpo, kto
 from tokjax.pretraining.next_token import NextToken
 from tokjax.pretraining.patch_training import Patch
 from tokjax.training.optimizers import AdamW, Cosine
 from tokjax.training.retention import CheckpointConfig
+from tokjax.verifiers import ExactMatch
 
-__all__ = ["NextToken", "Patch", "SampleConfig", "StageConfig", "TrainConfig"]
+# Importing a method registers it.
+METHODS = (sft, rft, q_tuning, dpo, kto)
+
+__all__ = ["METHODS", "NextToken", "Patch", "SampleConfig", "StageConfig", "TrainConfig"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,30 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
+class AnswersConfig:
+    """Evaluation by generation: greedy answers to the prompts of `data.evals`, and their verifier.
+
+    A prompt is what lies before the last answer of an example; sets without prompts are left out.
+    """
+
+    verifier: Annotated[Any, Choice("verifier")] = ExactMatch()  # says which answers are right
+    max_examples: int | None = 128  # questions of each set; None asks all
+    max_new_tokens: int = 64  # tokens of an answer
+
+    def __post_init__(self):
+        for name in ("max_examples", "max_new_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """When and how much is evaluated: the next-token loss on each of `data.evals`."""
 
     every_steps: int = 500  # steps between evaluations; there is always one at the end
     max_batches: int | None = None  # batches of each set; None reads it all
     batch_size: int | None = None  # rows of an evaluation batch; None takes data.batch_size
+    answers: AnswersConfig | None = None  # also let the model answer; None: the loss alone
 
     def __post_init__(self):
         for name in ("every_steps", "max_batches", "batch_size"):
@@ -69,7 +93,12 @@ class TrainConfig:
 
     title: str = "tokjax run"  # heads the report
     seed: int = 0  # of initial parameters and of everything random in the step
-    model: ModelConfig = ModelConfig()  # what is trained
+    # checkpoint to start from: whatever `tokjax.load` takes. The model and, unless one is chosen,
+    # the tokenizer are its; of `model` only dtypes, remat, unroll, attention and lora may be set.
+    # None: random parameters
+    init_from: str | None = None
+    # what is trained; with `lora` the adapters alone, beside the frozen checkpoint of init_from
+    model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()  # what it reads
     objective: Annotated[Any, Choice("objective")] = NextToken()  # of a run with one stage
     stages: tuple[StageConfig, ...] = ()  # several objectives in turn; instead of `objective`
@@ -115,7 +144,13 @@ class TrainConfig:
             raise ConfigError(f"clip_norm={self.clip_norm} must be above 0, or None")
         if self.log_every < 1:
             raise ConfigError(f"log_every={self.log_every} must be at least 1")
-        if self.data.seq_len > self.model.max_positions:
+        if self.model.lora is not None and self.init_from is None:
+            raise ConfigError(
+                "model.lora trains adapters beside a frozen model: name that by init_from"
+            )
+        # Before the checkpoint is looked at its model is not known.
+        known = self.init_from is None or self.model.vocab_size is not None
+        if known and self.data.seq_len > self.model.max_positions:
             raise ConfigError(
                 f"data.seq_len={self.data.seq_len} is longer than "
                 f"model.max_positions={self.model.max_positions}"

@@ -7,6 +7,7 @@ from tokjax.data.feed import prefetch, to_device
 from tokjax.pretraining.next_token import NextToken
 from tokjax.training.metrics import Accumulator
 from tokjax.training.run import Run
+from tokjax.training.state import whole
 from tokjax.training.step import make_eval_step
 
 _OBJECTIVE = NextToken()
@@ -19,15 +20,24 @@ def bytes_per_token(store: Any) -> float | None:
     return count / targets if count and targets else None
 
 
-def evaluate(run: Run, params: Any, max_batches: int | None) -> dict[str, float]:
+def evaluate(run: Run, params: Any, max_batches: int | None, aux: Any = ()) -> dict[str, float]:
     """Returns `eval/<set>/loss` (nats per token) and `eval/<set>/bits_per_byte` of every set.
 
     Bits per byte are given where the whole set was read without weights; unlike the loss they
-    compare models with different tokenizers.
+    compare models with different tokenizers. Of pairs of answers the loss and all metrics are
+    those of the run's last objective.
+
+    Args:
+        run: whose evaluation sets are read.
+        params: of the model.
+        max_batches: of each set; None reads it all.
+        aux: the objective's state.
     """
-    step = make_eval_step(run.model, _OBJECTIVE)
     found: dict[str, float] = {}
     for name, loader in run.eval_loaders.items():
+        pairs = run.eval_stores[name].has_pairs
+        objective = run.stages[-1].objective if pairs else _OBJECTIVE
+        step = make_eval_step(run.model, objective)
         sums = Accumulator()
         batches = len(loader) if max_batches is None else min(max_batches, len(loader))
         make = lambda i, loader=loader: to_device(  # noqa: E731
@@ -35,8 +45,12 @@ def evaluate(run: Run, params: Any, max_batches: int | None) -> dict[str, float]
         )
         with prefetch(make, 0, batches, depth=2) as feed:
             for batch in feed:
-                sums.add(step(params, (), batch))
-        loss = sums.means()["loss"]
+                sums.add(step(params, aux if pairs else (), batch))
+        means = sums.means()
+        if pairs:
+            found |= {f"eval/{name}/{metric}": value for metric, value in means.items()}
+            continue
+        loss = means["loss"]
         found[f"eval/{name}/loss"] = loss
         per_token = bytes_per_token(run.eval_stores[name])
         if per_token and batches == len(loader) and not run.eval_stores[name].has_weights:
@@ -51,4 +65,4 @@ def unigram_entropies(run: Run) -> dict[str, float]:
 
 def parameters_in_use(state: Any) -> Any:
     """Returns what is evaluated and sampled from: the moving average where there is one."""
-    return state.params if state.ema is None else state.ema
+    return state.whole if state.ema is None else whole(state.frozen, state.ema)

@@ -55,6 +55,7 @@ def provenance(run: Run) -> dict[str, Any]:
         "config": to_dict(run.config),
         "vocab_size": run.model.config.vocabulary,
         "tokenizer": run.tokenizer.fingerprint,
+        "init_from": None if run.initial is None else run.initial.fingerprint(),
         "versions": versions(),
         "seed": run.config.seed,
         "git": git_state(Path(__file__).parent),
@@ -98,7 +99,7 @@ def memory(state: TrainState, compiled: Any) -> dict[str, str]:
     devices = jax.device_count()
     analysis = compiled.memory_analysis()
     parts = {
-        "parameters": bytes_text(tree_bytes(state.params)),
+        "parameters": bytes_text(tree_bytes(state.whole)),
         "optimiser": bytes_text(tree_bytes(state.opt_state)),
     }
     if state.ema is not None:
@@ -125,6 +126,7 @@ def banner_facts(
     return {
         "model": {
             "parameters": si(sum(counts.values())),
+            **({"trained": si(_size(state.params))} if state.frozen else {}),
             **{f"  {part}": si(count) for part, count in counts.items()},
             "layers x width": f"{model.n_layers} x {model.d_model}",
             "vocabulary": f"{model.vocabulary} ({config.data.tokenizer.name})",
@@ -158,6 +160,10 @@ def banner_facts(
             "curves": "metrics.csv, tensorboard/, report.html at the end",
         },
     }
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def run_facts(run: Run, banner: dict[str, dict[str, str]], warnings: list[str]) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """The training loop: restore, train stage by stage, evaluate, sample, save, report."""
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tokjax.decoding.text import generate_text
 from tokjax.errors import NonFiniteError, StorageError
 from tokjax.files import write_atomically
 from tokjax.training import facts
+from tokjax.training.answers import evaluate_answers, write_answers
 from tokjax.training.checkpoints import Checkpointer
 from tokjax.training.compiles import CompileWatch
 from tokjax.training.evaluation import evaluate, parameters_in_use
@@ -132,17 +135,18 @@ class _Training:
         def template(step: int) -> TrainState:
             return run.abstract_state(run.stage_at(max(step - 1, 0)))
 
-        restored = self.checkpointer.restore(template)
+        restored = self.checkpointer.restore(lambda step: _kept(template(step)))
+        initial = run.initial_params() if restored is None or template(0).frozen else None
         if restored is None:
             shardings = jax.tree.map(lambda s: s.sharding, template(0))
-            init = jax.jit(lambda: run.init_state(run.stages[0]), out_shardings=shardings)
-            return init(), 0
+            init = jax.jit(partial(run.init_state, run.stages[0]), out_shardings=shardings)
+            return init(initial), 0
         for lost in restored.lost_steps:
             self.warnings.append(
                 f"checkpoint {lost.step} was damaged ({'; '.join(lost.reasons)}); the run "
                 f"continued from step {restored.step}"
             )
-        return restored.state, restored.step
+        return dataclasses.replace(restored.state, frozen=initial or ()), restored.step
 
     # ---------------------------------------------------------------- the run
 
@@ -234,7 +238,8 @@ class _Training:
         ints = array(tokens, jnp.int32, by_token)
         floats = array(tokens, jnp.float32, by_token)
         examples = array(segments, jnp.int32, by_row)
-        return Batch(ints, ints, ints, ints, floats, examples)  # type: ignore[arg-type]
+        channels = dict.fromkeys(self.run.loader.channels, floats)
+        return Batch(ints, ints, ints, ints, floats, examples, channels)  # type: ignore[arg-type]
 
     def run_stage(self, state, stage: Stage, compiled, step: int) -> tuple[TrainState, int]:
         """Trains to the end of a stage, or until asked to stop."""
@@ -353,11 +358,18 @@ class _Training:
             self.read_metrics()
         with self.ledger.measure("eval"), self.progress.pause():
             limit = self.run.config.evaluation.max_batches
-            found = evaluate(self.run, parameters_in_use(state), limit)
+            params = parameters_in_use(state)
+            found = evaluate(self.run, params, limit, state.aux)
+            accuracies, answers = evaluate_answers(self.run, params)
+            found |= accuracies
+            if self.first and answers:
+                write_answers(self.workdir, step, answers)
         self.evaluated = (step, found)
         self.writer.write(step, found)
         losses = ", ".join(
-            f"{k.removeprefix('eval/')} {v:.4f}" for k, v in found.items() if k.endswith("loss")
+            f"{k.removeprefix('eval/')} {v:.4f}"
+            for k, v in found.items()
+            if k.endswith(("loss", "accuracy"))
         )
         self.progress.message(f"step {step}: {losses}")
 
@@ -392,7 +404,7 @@ class _Training:
         with self.ledger.measure("save"), self.progress.pause():
             self.writer.flush()  # a resumed run's curves must not lack what came before
             metrics = self.evaluated[1] if self.evaluated[0] == step else None
-            self.checkpointer.save(step, state, metrics=metrics, metadata=self.provenance)
+            self.checkpointer.save(step, _kept(state), metrics=metrics, metadata=self.provenance)
         self.saved = step
         self.ledger.saved(step)
 
@@ -439,6 +451,11 @@ class _Training:
             seconds=self.ledger.summary()["seconds"],
             report=report,
         )
+
+
+def _kept(state: TrainState) -> TrainState:
+    """Returns what a checkpoint holds of a state."""
+    return dataclasses.replace(state, frozen=())
 
 
 def _evaluation_at(workdir: Path, step: int) -> dict[str, float]:

@@ -4,7 +4,7 @@ Optimisers are built for a learning rate of 1; the training step multiplies by t
 value, so that a schedule is a function of the step within its stage and needs no state.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,15 +16,24 @@ from optax import contrib
 
 from tokjax.config import register
 from tokjax.errors import ConfigError
-from tokjax.models import parameters
+from tokjax.models import lora, parameters
 from tokjax.models.config import ModelConfig
 
 
 def decay_mask(config: ModelConfig, embeddings: bool) -> Any:
     """Returns which parameters weight decay applies to: matrices, embeddings if asked for."""
-    return parameters.map_table(
-        config, lambda path, p, stacked: len(p.shape) > 1 and (stacked or embeddings)
-    )
+    return of_trained(config, lambda path, p, stacked: len(p.shape) > 1 and (stacked or embeddings))
+
+
+def of_trained(config: ModelConfig, function: Callable[..., Any]) -> Any:
+    """Returns a value for each parameter that is trained: of a model with adapters, only those.
+
+    Args:
+        config: of the model.
+        function: see `parameters.map_table`.
+    """
+    values = parameters.map_table(config, function)
+    return values if config.lora is None else lora.split(values)[1]
 
 
 class Optimizer(Protocol):
@@ -187,7 +196,7 @@ class Muon:
                 return "vectors"
             return "muon" if layers else "tables"
 
-        return optax.partition(transforms, parameters.map_table(config, label))
+        return optax.partition(transforms, of_trained(config, label))
 
 
 def _layer_matrices(params: Any) -> Any:

@@ -13,16 +13,20 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tokjax.config import to_dict
+from tokjax.data.annotated import AnnotatedStore, annotate
 from tokjax.data.cache import cache_directory
+from tokjax.data.config import MixtureEntry
 from tokjax.data.loader import EvalLoader, Loader, StageSlice
 from tokjax.data.prepare import ensure_store
 from tokjax.data.store import TokenStore
 from tokjax.data.tokenizers import Tokenizer, build_tokenizer, sequence_ends
 from tokjax.errors import ConfigError, DataError
+from tokjax.models import lora
 from tokjax.models.transformer import Transformer, with_vocabulary
 from tokjax.parallel.mesh import build_mesh
 from tokjax.parallel.rules import BATCH_AXES
 from tokjax.training.config import TrainConfig
+from tokjax.training.initial import Initial, adopt_model, adopt_tokenizer, find_initial
 from tokjax.training.objective import Objective
 from tokjax.training.state import TrainState, init_state, state_shardings
 from tokjax.training.step import StepConfig, make_train_step
@@ -50,13 +54,14 @@ class Run:
 
     config: TrainConfig
     tokenizer: Tokenizer
-    stores: tuple[TokenStore, ...]
+    stores: tuple[TokenStore | AnnotatedStore, ...]
     eval_stores: Mapping[str, TokenStore]
     model: Transformer
     mesh: Mesh
     stages: tuple[Stage, ...]
     loader: Loader
     eval_loaders: Mapping[str, EvalLoader]
+    initial: Initial | None = None
 
     @property
     def total_steps(self) -> int:
@@ -77,19 +82,32 @@ class Run:
         """Rows over `data` and `fsdp`, positions over `sequence`."""
         return NamedSharding(self.mesh, P(BATCH_AXES, "sequence"))
 
-    def init_state(self, stage: Stage) -> TrainState:
-        """Returns the state a run starts with in this stage (pure; see `abstract_state`)."""
+    def initial_params(self) -> Any:
+        """Returns the parameters of `init_from`, on the devices; None where there is none."""
+        if self.initial is None:
+            return None
+        return self.initial.load(self.model.config, self.mesh)
+
+    def init_state(self, stage: Stage, initial: Any = None) -> TrainState:
+        """Returns the state a run starts with in this stage (pure; see `abstract_state`).
+
+        Args:
+            stage: of the run.
+            initial: what `initial_params` returns.
+        """
         return init_state(
             self.model,
             stage.objective,
             self.optimizer,
             self.config.seed,
             self.config.ema_decay is not None,
+            initial,
         )
 
     def abstract_state(self, stage: Stage) -> TrainState:
         """Returns shapes, dtypes and shardings of the state."""
-        shapes = jax.eval_shape(lambda: self.init_state(stage))
+        base = None if self.initial is None else lora.off(self.model).abstract_params()
+        shapes = jax.eval_shape(lambda initial: self.init_state(stage, initial), base)
         shardings = state_shardings(shapes, self.model, self.mesh)
         return jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
@@ -129,6 +147,8 @@ class Run:
         tree["data"]["train"] = [store.fingerprint[:16] for store in self.stores]
         tree["data"]["rates"] = [entry.rate for entry in self.config.data.train]
         tree["tokenizer"] = self.tokenizer.fingerprint[:16]
+        if self.initial is not None:
+            tree["init_from"] = self.initial.fingerprint()[:16]
         return tree
 
 
@@ -146,6 +166,7 @@ def build_run(
         ConfigError: parts that do not fit together.
         DataError: data that cannot be prepared.
     """
+    config, initial = adopt(config)
     mesh = build_mesh(config.mesh, devices)
     _check_mesh(config, mesh)
     data = config.data
@@ -157,9 +178,14 @@ def build_run(
     def store(source: Any) -> TokenStore:
         return TokenStore.open(ensure_store(source, data, cache_dir=cache, progress=show_progress))
 
-    stores = tuple(store(entry.source) for entry in data.train)
+    def kept(entry: MixtureEntry) -> TokenStore | AnnotatedStore:
+        found = store(entry.source)
+        return found if entry.artifact is None else annotate(found, entry.artifact)
+
+    stores = tuple(kept(entry) for entry in data.train)
     eval_stores = {name: store(source) for name, source in data.evals.items()}
     _check_weights(stores, eval_stores)
+    _check_pairs(config, stores, eval_stores)
     model = Transformer(with_vocabulary(config.model, tokenizer.vocab_size))
     stages = _lay_out_stages(config, stores)
     loader = _loader(config, stores, stages)
@@ -173,7 +199,27 @@ def build_run(
         )
         for name, eval_store in eval_stores.items()
     }
-    return Run(config, tokenizer, stores, eval_stores, model, mesh, stages, loader, eval_loaders)
+    return Run(
+        config, tokenizer, stores, eval_stores, model, mesh, stages, loader, eval_loaders, initial
+    )
+
+
+def adopt(config: TrainConfig) -> tuple[TrainConfig, Initial | None]:
+    """Returns the configuration with the model and tokenizer of its `init_from`, and that.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+        ConfigError: the configuration sets what the checkpoint decides otherwise.
+    """
+    if config.init_from is None:
+        return config, None
+    initial = find_initial(config.init_from)
+    tokenizer = adopt_tokenizer(initial, config.data.tokenizer)
+    return dataclasses.replace(
+        config,
+        model=adopt_model(initial, config.model),
+        data=dataclasses.replace(config.data, tokenizer=tokenizer),
+    ), initial
 
 
 def _check_mesh(config: TrainConfig, mesh: Mesh) -> None:
@@ -203,7 +249,7 @@ def _check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def _check_weights(stores: tuple[TokenStore, ...], eval_stores: Mapping[str, TokenStore]) -> None:
+def _check_weights(stores: tuple[Any, ...], eval_stores: Mapping[str, TokenStore]) -> None:
     named = [(f"data.train.{i}", s) for i, s in enumerate(stores)]
     named += [(f"data.evals.{name}", s) for name, s in eval_stores.items()]
     for name, store in named:
@@ -213,6 +259,27 @@ def _check_weights(stores: tuple[TokenStore, ...], eval_stores: Mapping[str, Tok
                 f"{name}: none of the {counts['examples']:,} examples has a target with a weight, "
                 f"so there is no loss. Look at the records' weights; in chats only assistant turns "
                 f"weigh"
+            )
+
+
+def _check_pairs(config: TrainConfig, stores: tuple, eval_stores: Mapping[str, Any]) -> None:
+    """Refuses pairs of answers without an objective of pairs, and the reverse."""
+    named = [(f"data.train.{i}", store) for i, store in enumerate(stores)]
+    for stage in config.stage_list:
+        wanted = getattr(stage.objective, "reads_pairs", False)
+        for name, store in named:
+            if store.has_pairs != wanted:
+                found, other = ("pairs", "single examples")[:: 1 if store.has_pairs else -1]
+                raise ConfigError(
+                    f"objective {_name(stage.objective)!r} reads {other}, but {name} holds "
+                    f"{found}: choose another objective, or another data.train kind"
+                )
+    last = config.stage_list[-1].objective
+    for name, store in eval_stores.items():
+        if store.has_pairs and not getattr(last, "reads_pairs", False):
+            raise ConfigError(
+                f"data.evals.{name} holds pairs, which only an objective of pairs evaluates; the "
+                f"last one is {_name(last)!r}"
             )
 
 
@@ -229,7 +296,7 @@ def _check_prompts(config: TrainConfig, tokenizer: Tokenizer) -> None:
             )
 
 
-def _loader(config: TrainConfig, stores: tuple[TokenStore, ...], stages: Any) -> Loader:
+def _loader(config: TrainConfig, stores: tuple[Any, ...], stages: Any) -> Loader:
     data = config.data
     return Loader(
         stores,
@@ -244,7 +311,7 @@ def _loader(config: TrainConfig, stores: tuple[TokenStore, ...], stages: Any) ->
     )
 
 
-def _lay_out_stages(config: TrainConfig, stores: tuple[TokenStore, ...]) -> tuple[Stage, ...]:
+def _lay_out_stages(config: TrainConfig, stores: tuple[Any, ...]) -> tuple[Stage, ...]:
     per_step = config.data.seq_len * config.data.batch_size
     if config.steps is not None:
         budget = float(config.steps * per_step)
@@ -282,5 +349,5 @@ def reset_for_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
     """Returns the state with the optimiser and the objective's state started afresh (pure)."""
     key = jax.random.fold_in(state.key, stage.first_step)
     opt_state = state.opt_state if stage.keep_optimizer else run.optimizer.init(state.params)
-    aux = stage.objective.init(key, run.model, state.params)
+    aux = stage.objective.init(key, run.model, state.whole)
     return dataclasses.replace(state, opt_state=opt_state, aux=aux)

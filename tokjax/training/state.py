@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from tokjax.models import parameters
+from tokjax.models import lora, parameters
 from tokjax.models.transformer import Transformer
 from tokjax.parallel.rules import parameter_shardings
 from tokjax.training.objective import Aux, Objective
@@ -22,12 +22,14 @@ class TrainState:
 
     Attributes:
         step: steps done.
-        params: the model's parameters.
+        params: the parameters that are trained: all, or the adapters of a model that has them.
         opt_state: the optimiser's state.
         aux: the objective's own state.
         ema: exponential moving average of the parameters, in float32 whatever their type (a
             narrower one would round its small changes away), or None.
         key: random key of the run; step n uses `fold_in(key, n)`.
+        frozen: the parameters that are not trained, of a model with adapters; else (). They are
+            read from the run's `init_from` at every start and are in no checkpoint.
     """
 
     step: Int[Array, ""]
@@ -36,6 +38,17 @@ class TrainState:
     aux: Aux
     ema: Any
     key: jax.Array
+    frozen: Any = ()
+
+    @property
+    def whole(self) -> Any:
+        """All parameters of the model."""
+        return whole(self.frozen, self.params)
+
+
+def whole(frozen: Any, trained: Any) -> Any:
+    """Returns all parameters of a model, of which some are frozen or, with (), none."""
+    return lora.join(frozen, trained) if frozen else trained
 
 
 def init_state(
@@ -44,17 +57,31 @@ def init_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     ema: bool,
+    initial: Any = None,
 ) -> TrainState:
-    """Returns the state before the first step; a pure function, to be jitted with shardings."""
+    """Returns the state before the first step; a pure function, to be jitted with shardings.
+
+    Args:
+        model: with adapters, they are trained and all else is frozen.
+        objective: of the first stage.
+        optimizer: of the trained parameters.
+        seed: of everything random.
+        ema: whether a moving average of the trained parameters is kept.
+        initial: parameters to start with, without adapters; None draws them.
+    """
     init_key, aux_key, run_key = jax.random.split(jax.random.key(seed), 3)
-    params = model.init(init_key)
+    params, frozen = model.init(init_key) if initial is None else initial, ()
+    if model.config.lora is not None:
+        frozen = lora.split(params)[0]
+        params = lora.split(model.init(init_key))[1]  # what is not used of it is not computed
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
-        aux=objective.init(aux_key, model, params),
+        aux=objective.init(aux_key, model, whole(frozen, params)),
         ema=jax.tree.map(lambda p: jnp.copy(p.astype(jnp.float32)), params) if ema else None,
         key=run_key,
+        frozen=frozen,
     )
 
 
@@ -66,7 +93,7 @@ def state_shardings(state: TrainState, model: Transformer, mesh: Mesh) -> TrainS
     else is replicated.
     """
     axes = parameters.logical_axes(model.config)
-    shapes = jax.eval_shape(lambda: state.params)
+    shapes = jax.eval_shape(lambda: state.whole)
     shardings = parameter_shardings(axes, shapes, mesh)
     by_path = {
         jax.tree_util.keystr(path): (leaf.shape, sharding)

@@ -15,7 +15,7 @@ from tokjax.errors import ConfigError
 from tokjax.models.transformer import Transformer
 from tokjax.training.objective import Loss, Objective
 from tokjax.training.optimizers import Schedule
-from tokjax.training.state import TrainState
+from tokjax.training.state import TrainState, whole
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -46,19 +46,19 @@ def make_train_step(
     which would only decay the parameters; it counts as finite.
     """
 
-    def micro_step(params, aux, batch: Batch, key) -> tuple[Loss, dict]:
+    def micro_step(params, frozen, aux, batch: Batch, key) -> tuple[Loss, dict]:
         def total(params):
-            loss = objective.loss(model, params, aux, batch, key)
+            loss = objective.loss(model, whole(frozen, params), aux, batch, key)
             return loss.total.astype(jnp.float32), loss
 
         (_, loss), gradient = jax.value_and_grad(total, has_aux=True)(params)
         # Sums over micro-batches and the norm are float32 also where the parameters are not.
         return loss, jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
 
-    def accumulate(params, aux, batch: Batch, key):
+    def accumulate(params, frozen, aux, batch: Batch, key):
         k = config.micro_batches
         if k == 1:
-            return micro_step(params, aux, batch, key)
+            return micro_step(params, frozen, aux, batch, key)
         if batch.tokens.shape[0] % k:
             raise ConfigError(
                 f"a batch of {batch.tokens.shape[0]} rows does not split into "
@@ -68,13 +68,13 @@ def make_train_step(
         split = jax.tree.map(lambda a: a.reshape(-1, k, *a.shape[1:]).swapaxes(0, 1), batch)
         keys = jax.random.split(key, k)
         shapes = jax.eval_shape(
-            micro_step, params, aux, jax.tree.map(lambda a: a[0], split), keys[0]
+            micro_step, params, frozen, aux, jax.tree.map(lambda a: a[0], split), keys[0]
         )
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         start = (dataclasses.replace(zeros[0], aux=aux), zeros[1])
 
         def add(sums, part):
-            loss, gradient = micro_step(params, sums[0].aux, *part)
+            loss, gradient = micro_step(params, frozen, sums[0].aux, *part)
             # The objective's state is carried on, not added up.
             before, now = (dataclasses.replace(each, aux=()) for each in (sums[0], loss))
             added = jax.tree.map(jnp.add, before, now)
@@ -85,7 +85,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        loss, gradient = accumulate(state.params, state.aux, batch, key)
+        loss, gradient = accumulate(state.params, state.frozen, state.aux, batch, key)
         # Signed weights may sum to a negative number; only an empty batch has nothing to divide.
         empty = loss.weight == 0
         inverse = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, loss.weight))
