@@ -14,7 +14,9 @@ PACKAGE = Path(tokjax.__file__).parent
 WITH_EXAMPLES = sorted(path for path in PACKAGE.rglob("*.py") if ">>> " in path.read_text())
 
 
-@pytest.mark.parametrize("name", ["decoding", "guidance", "models", "search", "signals"])
+@pytest.mark.parametrize(
+    "name", ["decoding", "finetuning", "guidance", "models", "search", "selection", "signals"]
+)
 def test_the_code_of_a_page_runs_from_top_to_bottom(name):
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{name}.md").read_text(), re.DOTALL)
     assert len(blocks) >= 2

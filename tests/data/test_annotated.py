@@ -5,12 +5,12 @@ import pytest
 
 from tokjax.config import resolve
 from tokjax.data.annotated import AnnotatedStore, annotate
+from tokjax.data.artifact import write_artifact
 from tokjax.data.config import DataConfig
 from tokjax.data.loader import EvalLoader
 from tokjax.data.prepare import ensure_store
 from tokjax.data.store import TokenStore
 from tokjax.errors import DataError
-from tokjax.data.artifact import write_artifact
 
 
 @pytest.fixture(scope="module")

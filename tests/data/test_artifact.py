@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tokjax import files
-from tokjax.errors import DataError, StorageError
 from tokjax.data.artifact import read_artifact, write_artifact
+from tokjax.errors import DataError, StorageError
 
 KEYS = ["00aa", "00bb", "00bb-1"]
 LENGTHS = [3, 0, 2]

@@ -194,3 +194,34 @@ def test_what_would_tear_pairs_apart_is_refused(store):
         loaded(store, packing="concat")
     with pytest.raises(ConfigError, match="shortens"):
         loaded(store, stages=[StageSlice(3, 4)])
+
+
+# ---- weights of tokens
+
+
+@pytest.mark.parametrize(
+    ("record", "kind", "expected"),
+    [
+        (
+            {"prompt": "ab", "response": "cd", "weights": [0.5, -2]},
+            "response",
+            [0, 0, 0, 0.5, -2, -2],
+        ),
+        ({"text": "abc", "weights": [1, 0, 0.25]}, "text", [0, 1, 0, 0.25, 0.25]),
+        (
+            {"prompt": "a", "response": "bc", "label": False, "weights": [0.5, 1]},
+            "rated",
+            [0, 0, -0.5, -1, -1],
+        ),
+    ],
+)
+def test_weights_may_be_given_for_each_token(record, kind, expected):
+    assert encoded(record, kind).weights.tolist() == expected
+
+
+def test_weights_of_another_tokenizer_are_refused():
+    record = {"prompt": "ab", "response": "cd", "weights": [1.0]}
+    document = to_document(record, source("response"), "x:1")
+    (problem,) = Encoder(ByteTokenizer()).encode([document])
+    assert problem.reason == "weights do not fit the tokens"
+    assert "1 weights for 2 tokens" in problem.detail

@@ -256,7 +256,7 @@ BAD = [
     ({"prompt": "a"}, {"kind": "response"}, "field 'response' is missing", ""),
     ({"prompt": 1, "response": "b"}, {"kind": "response"}, "field 'prompt' is not text", "1"),
     ({"text": "ab", "weights": 5}, {}, "field 'weights' is no list", "weights=''"),
-    ({"text": "ab", "weights": [0.5, 1]}, {}, "field 'weights' is no list", r"weights\[0\]"),
+    ({"text": "ab", "weights": [0.5, [1]]}, {}, "field 'weights' is no list", r"weights\[0\]"),
     ({"text": "ab", "weights": [[0, 1]]}, {}, "field 'weights' is no list", r"\[0, 1\]"),
     ({"text": "ab", "weights": [[0, True, 1]]}, {}, "field 'weights' is no list", "range 0 to"),
     ({"text": "ab", "weights": [[0, 0.5, 1]]}, {}, "field 'weights' is no list", "0.5"),

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from tokjax.data.artifact import Artifact, read_artifact
 from tokjax.data.store import TokenStore
 from tokjax.errors import DataError
-from tokjax.data.artifact import Artifact, read_artifact
 
 WEIGHTS = "weights"  # the channel that multiplies the data's own weights
 

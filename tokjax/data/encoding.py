@@ -110,6 +110,8 @@ class Encoder:
     def _weighted(self, document: Document) -> Example:
         ids, offsets = self.tokenizer.encode_with_offsets(document.text)
         weights = token_weights(len(document.text), document.weights or (), offsets)
+        if document.by_token is not None:
+            _set_by_token(weights, offsets, document.by_token)
         return self._example(document, document.text, ids, weights)
 
     def _chat(self, document: Document) -> Example:
@@ -163,6 +165,22 @@ class Encoder:
             raise _Unusable(
                 "too long", f"it has {tokens.size} tokens, max_tokens is {self.max_tokens}"
             )
+
+
+def _set_by_token(
+    weights: np.ndarray,
+    offsets: Sequence[tuple[int, int]],
+    given: tuple[int, int, tuple[float, ...]],
+) -> None:
+    """Writes weights given for each token that ends within a range of characters."""
+    start, stop, values = given
+    own = [i for i, (_, end) in enumerate(offsets) if start < end <= stop]
+    if len(own) != len(values):
+        raise _Unusable(
+            "weights do not fit the tokens",
+            f"there are {len(values)} weights for {len(own)} tokens of this tokenizer",
+        )
+    weights[own] = values
 
 
 def _is_plain(document: Document) -> bool:

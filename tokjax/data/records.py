@@ -62,7 +62,9 @@ Content = str  # of a record, for the key of one without an id
 
 def _plain(record: Mapping[str, Any], source: RecordSource) -> tuple[Document, Content]:
     text = _string(record, source.text)
-    return _weighted(text, _weights(record, source.weights, 0, len(text)), len(text)), text
+    by_token = _by_token(record, source.weights, 0, len(text))
+    weights = None if by_token else _weights(record, source.weights, 0, len(text))
+    return _weighted(text, weights, len(text), by_token), text
 
 
 def _response(record: Mapping[str, Any], source: RecordSource) -> tuple[Document, Content]:
@@ -112,8 +114,10 @@ def _preference(record: Mapping[str, Any], source: RecordSource) -> tuple[Docume
 def _answer(record: Mapping[str, Any], source: RecordSource, field: str, weights: str) -> Document:
     """Returns the document of a prompt with the response in a field, which alone counts."""
     text, start, stop = join(record, source, field)
-    ranges = ((start, stop, 1.0), *(_weights(record, weights, start, stop) or ())[1:])
-    return _weighted(text, ranges, stop if start < stop else 0)
+    by_token = _by_token(record, weights, start, stop)
+    given = None if by_token else _weights(record, weights, start, stop)
+    ranges = ((start, stop, 1.0), *(given or ())[1:])
+    return _weighted(text, ranges, stop if start < stop else 0, by_token)
 
 
 def _dialogue(record: Mapping[str, Any], source: RecordSource, field: str) -> Document:
@@ -134,15 +138,38 @@ def _dialogue(record: Mapping[str, Any], source: RecordSource, field: str) -> Do
     return Document("", "", "", None, tuple(messages))
 
 
-def _weighted(text: str, weights: Weights | None, stop: int) -> Document:
+ByToken = tuple[int, int, tuple[float, ...]]
+
+
+def _weighted(
+    text: str, weights: Weights | None, stop: int, by_token: ByToken | None = None
+) -> Document:
     """Returns a document whose end weighs as much as what it ends, character stop - 1."""
     covering = [weight for first, last, weight in weights or () if first < stop <= last]
-    return Document("", "", text, weights, end_weight=covering[-1] if covering else 1.0)
+    end = covering[-1] if covering else 1.0
+    if by_token is not None:
+        weights = weights or ((0, len(text), 1.0),)
+        end = by_token[2][-1] if by_token[2] else end
+    return Document("", "", text, weights, end_weight=end, by_token=by_token)
 
 
 def _negated(document: Document) -> Document:
     weights = tuple((first, last, -weight) for first, last, weight in document.weights or ())
-    return dataclasses.replace(document, weights=weights, end_weight=-document.end_weight)
+    by_token = document.by_token
+    if by_token is not None:
+        by_token = (*by_token[:2], tuple(-weight for weight in by_token[2]))
+    return dataclasses.replace(
+        document, weights=weights, end_weight=-document.end_weight, by_token=by_token
+    )
+
+
+def _by_token(record: Mapping[str, Any], field: str, start: int, stop: int) -> ByToken | None:
+    """Returns weights that are given one for each token; None where they are not."""
+    given = record.get(field) if field else None
+    numbers = isinstance(given, list | tuple) and len(given) > 0
+    if not numbers or not all(isinstance(w, int | float) for w in given):
+        return None
+    return start, stop, tuple(_number(w, f"{field}[{i}]") for i, w in enumerate(given))
 
 
 def _spoken(messages: Iterable[Mapping[str, Any]]) -> Content:

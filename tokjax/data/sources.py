@@ -32,6 +32,7 @@ class Document:
       end_weight: weight of the end token, where `weights` are given.
       explicit_key: whether `key` was made from an id that the record carries.
       rejected: of a pair, the answer that is not wanted; its weights are negated later.
+      by_token: (start, end, weights): a weight of each token that ends within these characters.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Document:
     end_weight: float = 1.0
     explicit_key: bool = False
     rejected: "Document | None" = None
+    by_token: tuple[int, int, tuple[float, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,10 @@ class RecordSource:
     # chats: Jinja2 template, path of a .jinja file, or "chatml"; None: the tokenizer's own, else
     # chatml
     chat_template: str | None = None
-    # optional field of weights, [[start, end, weight], ...] in characters of the text or response
-    # (in a chat each message may have a "weight" instead; those of a rejected response are in the
-    # field of this name behind "rejected_"); "" ignores such a field
+    # optional field of weights: [[start, end, weight], ...] in characters of the text or response,
+    # or one number for each of its tokens (in a chat each message may have a "weight" instead;
+    # those of a rejected response are in the field of this name behind "rejected_"); "" ignores
+    # such a field
     weights: str = "weights"
     id: str = "id"  # optional field of a unique id (text or whole number); "" ignores such a field
 

@@ -186,6 +186,7 @@ def _facts(document: Document) -> dict[str, Any]:
         "weights": document.weights,
         "messages": document.messages,
         "end_weight": document.end_weight,
+        "by_token": document.by_token,
         "rejected": rejected and {**_facts(rejected), "text": rejected.text},
     }
 

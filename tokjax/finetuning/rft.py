@@ -121,7 +121,7 @@ def _pooled(mean: Array, weight: Array) -> tuple[Array, Array]:
 def grouped_loss(nll: Float[Array, "T"], reasoning: Bool[Array, "T"], tau: float) -> Array:
     """Returns w_b L_b + w_r L_r of one answer, the weights being constants.
 
-    >>> float(grouped_loss(jnp.array([0.2, 1.4]), jnp.array([False, True]), 1e6).round(3))
+    >>> round(float(grouped_loss(jnp.array([0.2, 1.4]), jnp.array([False, True]), 1e6)), 3)
     0.8
     """
     segments = jnp.ones((1, nll.shape[0]), jnp.int32)

@@ -64,9 +64,15 @@ def provenance(run: Run) -> dict[str, Any]:
 
 
 def stage_flops(run: Run, stage: Stage) -> float:
-    """Returns the model FLOPs of one training step of a stage, over all devices."""
+    """Returns the model FLOPs of one training step of a stage, over all devices.
+
+    Frozen matrices have no gradient of their own, which is a third of the work; the adapters' are
+    not counted.
+    """
     data = run.config.data
-    return training_flops(run.model.config, data.seq_len) * data.seq_len * data.batch_size
+    share = 1.0 if run.model.config.lora is None else 2 / 3
+    whole = training_flops(run.model.config, data.seq_len)
+    return share * whole * data.seq_len * data.batch_size
 
 
 def stage_tokens(run: Run, stage: Stage) -> int:
