@@ -23,7 +23,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 _NO_DATA = "set TOKJAX_TEST_DATA to the folder of real data to run this test"
 
 
-_MOST_MAPS = 45_000
+_MOST_MAPS = 20_000
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,7 +14,7 @@ PACKAGE = Path(tokjax.__file__).parent
 ROOT = PACKAGE.parent
 # Lower layers first. A module imports from its own layer's package and from lower layers only.
 LAYERS = (
-    ("errors", "config", "files", "gguf_file"),
+    ("errors", "config", "files", "gguf_file", "struct"),
     ("parallel",),
     ("models",),
     ("signals", "data", "verifiers"),

@@ -1,7 +1,7 @@
 """What a model says of each token of some texts, as numbers, as a table and as a coloured page."""
 
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from tokjax.data.tokenizers import Tokenizer
 from tokjax.signals.token_stats import TokenStats
 
 _NLL_OF_FULL_COLOUR = 10.0
-_STYLE = """
+HEAT_STYLE = """
 .heat { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; }
 .heat span { border-radius: 3px; } .heat .unscored { color: var(--soft); }
 .heat .special { border: 1px dashed var(--line); color: var(--soft); font-size: 80%; }
@@ -96,10 +96,10 @@ class Scores:
         # Imported here: scoring alone needs no page.
         from tokjax.training.templates import PAGE, STYLE
 
-        return PAGE.format(title="Token scores", style=STYLE + _STYLE, body=self._body())
+        return PAGE.format(title="Token scores", style=STYLE + HEAT_STYLE, body=self._body())
 
     def _repr_html_(self) -> str:
-        return f"<style>{_STYLE}</style>{self._body()}"
+        return f"<style>{HEAT_STYLE}</style>{self._body()}"
 
     def _lines(self, b: int) -> Iterator[str]:
         names = [_printable(piece) for piece in self.pieces(b)]
@@ -134,25 +134,13 @@ class Scores:
 
     def _spans(self, b: int) -> Iterator[str]:
         """Yields a span for each token, or for several that share a character."""
-        text, pieces, shown = self.texts[b], self.pieces(b), 0
-        for tokens in _groups(self.offsets[b]):
-            start, end = self.offsets[b][tokens[0]][0], self.offsets[b][tokens[-1]][1]
-            part = text[max(start, shown) : end]
-            shown = max(shown, end)
-            title = html.escape("\n".join(self._tooltip(b, t, pieces[t]) for t in tokens))
-            scored = [t for t in tokens if self.mask[b, t]]
-            names = [] if scored else ["unscored"]
-            if not part:
-                names.append("special")
-                part = "".join(pieces[t] for t in tokens)
-            elif not part.strip("\r\n"):
-                names.append("line")
-            style = ""
-            if scored:
-                share = min(float(self.nll[b, scored].sum()) / _NLL_OF_FULL_COLOUR, 1.0)
-                style = f' style="background: rgba(214, 69, 65, {0.85 * share:.3f})"'
-            kind = f' class="{" ".join(names)}"' if names else ""
-            yield f'<span{kind}{style} title="{title}">{html.escape(part)}</span>'
+        pieces = self.pieces(b)
+        shares = [
+            float(self.nll[b, t]) / _NLL_OF_FULL_COLOUR if self.mask[b, t] else None
+            for t in range(len(pieces))
+        ]
+        titles = [self._tooltip(b, t, piece) for t, piece in enumerate(pieces)]
+        return heat_spans(self.texts[b], pieces, self.offsets[b], shares, titles)
 
     def _tooltip(self, b: int, t: int, piece: str) -> str:
         name = _printable(piece)
@@ -164,6 +152,46 @@ class Scores:
             f"{self.entropy[b, t]:.3f}, rank {self.rank[b, t]}, likeliest "
             f"{_printable(self.tokenizer.token_text(self._best(b, t)))}"
         )
+
+
+def heat_spans(
+    text: str,
+    pieces: Sequence[str],
+    offsets: Sequence[tuple[int, int]],
+    shares: Sequence[float | None],
+    titles: Sequence[str],
+) -> Iterator[str]:
+    """Yields a coloured HTML span for each token, or for several that share a character.
+
+    The page needs `HEAT_STYLE`, and the spans a parent of the class `heat`.
+
+    Args:
+        text: that the tokens make up.
+        pieces: a readable form of each token.
+        offsets: characters [start, end) that each token touches.
+        shares: of the full colour, for each token; those of several in one span add up. None where
+            there is no value.
+        titles: what is shown where the pointer rests, for each token.
+    """
+    shown = 0
+    for tokens in _groups(offsets):
+        start, end = offsets[tokens[0]][0], offsets[tokens[-1]][1]
+        part = text[max(start, shown) : end]
+        shown = max(shown, end)
+        title = html.escape("\n".join(titles[t] for t in tokens))
+        scored = [share for t in tokens if (share := shares[t]) is not None]
+        names = [] if scored else ["unscored"]
+        if not part:
+            names.append("special")
+            part = "".join(pieces[t] for t in tokens)
+        elif not part.strip("\r\n"):
+            names.append("line")
+        style = ""
+        if scored:
+            share = max(0.0, min(sum(scored), 1.0))
+            style = f' style="background: rgba(214, 69, 65, {0.85 * share:.3f})"'
+        kind = f' class="{" ".join(names)}"' if names else ""
+        yield f'<span{kind}{style} title="{title}">{html.escape(part)}</span>'
 
 
 def _printable(text: str) -> str:

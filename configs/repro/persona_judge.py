@@ -24,9 +24,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from scipy.stats import chi2_contingency
 
+from tokjax import struct
 from tokjax.decoding import decode, on_tokens
 from tokjax.decoding.contrast.two_prompts import stacked
 from tokjax.decoding.predictors import ModelPredictor, StepOutput

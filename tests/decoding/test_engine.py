@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from flax import struct
 
+from tokjax import struct
 from tokjax.decoding import (
     ModelPredictor,
     Prompts,

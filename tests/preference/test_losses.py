@@ -195,7 +195,35 @@ def test_impossible_settings_are_refused(settings, said):
         DPO(**settings)
 
 
+# Sums of log-probabilities of three pairs: chosen, rejected, and both under the reference; and what
+# the library TRL 0.19.1 makes of them.
+SUMS = np.array([[-10.0, -3.5, -22.25], [-12.0, -3.25, -20.0]], np.float32)
+REFERENCE = np.array([[-11.0, -3.0, -25.0], [-11.5, -4.0, -19.0]], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"beta": 0.1}, [0.620957, 0.757599, 0.523123]),
+        ({"beta": 0.5, "label_smoothing": 0.1}, [0.461871, 0.991201, 0.330175]),
+        ({"beta": 0.1, "kind": "ipo"}, [12.25, 39.0625, 1.5625]),
+        ({"beta": 0.5, "kind": "hinge"}, [0.25, 1.625, 0.0]),
+    ],
+)
+def test_losses_of_pairs_are_those_of_trl(settings, expected):
+    chosen, rejected = SUMS - REFERENCE
+    np.testing.assert_allclose(pair_loss(chosen - rejected, **settings), expected, atol=1e-6)
+
+
 # ---- KTO
+
+
+def test_losses_of_answers_are_those_of_trl():
+    ratios = (SUMS - REFERENCE).reshape(-1)
+    good = np.array([True] * 3 + [False] * 3)
+    found = kto_loss(ratios, good, jnp.float32(0.1), 0.1, bad_weight=1.33)
+    expected = [0.477515, 0.514995, 0.434135, 0.645056, 0.686605, 0.628462]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_kto_numbers():

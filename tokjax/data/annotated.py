@@ -1,7 +1,6 @@
 """A token store with what a selection artifact says of its examples and tokens."""
 
 import hashlib
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ class AnnotatedStore:
         """That of the whole store."""
         return self.store.unigram_entropy
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the store's contents and of the artifact's."""
         identity = f"{self.store.fingerprint} {self._artifact.digest}"

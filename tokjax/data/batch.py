@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
-from flax import struct
 from jaxtyping import Array, Float, Int
+
+from tokjax import struct
 
 
 @struct.dataclass

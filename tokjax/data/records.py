@@ -166,8 +166,9 @@ def _negated(document: Document) -> Document:
 def _by_token(record: Mapping[str, Any], field: str, start: int, stop: int) -> ByToken | None:
     """Returns weights that are given one for each token; None where they are not."""
     given = record.get(field) if field else None
-    numbers = isinstance(given, list | tuple) and len(given) > 0
-    if not numbers or not all(isinstance(w, int | float) for w in given):
+    if not isinstance(given, list | tuple) or not given:
+        return None
+    if not all(isinstance(weight, int | float) for weight in given):
         return None
     return start, stop, tuple(_number(w, f"{field}[{i}]") for i, w in enumerate(given))
 

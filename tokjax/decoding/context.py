@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from tokjax import struct
 from tokjax.decoding.prompts import Prompts
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Int
 
+from tokjax import struct
 from tokjax.decoding.predictors import ModelPredictor, StepOutput
 from tokjax.decoding.prompts import Prompts
 from tokjax.errors import ConfigError

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int, Shaped
 
+from tokjax import struct
 from tokjax.decoding.prompts import Prompts
 from tokjax.models import cache as kv
 from tokjax.models import parameters

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Int
 
+from tokjax import struct
 from tokjax.errors import ConfigError
 
 _SMALLEST = 16

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import struct
 from tokjax.decoding.contrast.settings import of_rows
 from tokjax.decoding.predictors import ModelPredictor, StepOutput
 from tokjax.decoding.prompts import Prompts

@@ -4,8 +4,9 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int
+
+from tokjax import struct
 
 
 class Sampler(Protocol):

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Int
 
+from tokjax import struct
 from tokjax.decoding.context import Context
 from tokjax.decoding.stops import Stop
 from tokjax.errors import ConfigError

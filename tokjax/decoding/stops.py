@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool
 
+from tokjax import struct
 from tokjax.decoding.context import Context
 from tokjax.errors import ConfigError
 

@@ -7,10 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int
 
-from tokjax import strategies
+from tokjax import strategies, struct
 from tokjax.decoding.context import Context
 from tokjax.decoding.engine import decode
 from tokjax.decoding.prompts import Prompts, bucket

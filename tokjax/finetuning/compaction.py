@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import struct
 from tokjax.data.batch import Batch
 from tokjax.parallel.rules import BATCH_AXES, constrain, current_mesh_shape
 from tokjax.signals.packed import packed_spread, packed_sums

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int, UInt32
 
+from tokjax import struct
 from tokjax.config import register
 from tokjax.data.batch import Batch
 from tokjax.errors import ConfigError, nearest
@@ -95,9 +95,7 @@ class OneTokenRollout:
         """Returns sums over the targets; the data's weights multiply the losses."""
         out = forward(model, params, batch)
         weights, divisor = loss_weights(batch, jnp.ones_like(batch.weights), self.norm)
-        total, found = rollout_loss(
-            self, out.x, model.head(params), batch.targets, weights, key
-        )
+        total, found = rollout_loss(self, out.x, model.head(params), batch.targets, weights, key)
         size = jnp.abs(batch.weights)
         mean = lambda values: (jnp.where(size == 0, 0.0, values * size).sum(), size.sum())  # noqa: E731
         metrics = {"hit_rate": mean(found.hits), "entropy": mean(found.entropy)}

@@ -11,9 +11,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from tokjax import struct
 from tokjax.config import register
 from tokjax.data.batch import Batch
 from tokjax.errors import ConfigError, nearest
@@ -94,6 +94,11 @@ class QTuning:
             value, choices = getattr(self, name), typing.get_args(hints[name])
             if value not in choices:
                 raise ConfigError(f"unknown {name}={value!r}.{nearest(str(value), choices)}")
+
+    @property
+    def relative_cost(self) -> float:
+        """A pass forth, and with "drop" at most the kept samples' share of one forth and back."""
+        return 1.0 if self.mode == "mask" else 1 / 3 + self.sample_ratio
 
     @property
     def tokens_per_position(self) -> int:

@@ -13,9 +13,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import struct
 from tokjax.signals import fraction_count, group_stats, masked_quantile, min_max, top_mask
 from tokjax.signals.packed import packed_spread, packed_sums
 

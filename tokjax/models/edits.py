@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from tokjax import struct
 from tokjax.errors import nearest
 
 SITES = (

@@ -1,8 +1,9 @@
 """The output head: how final hidden states become logits."""
 
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
+
+from tokjax import struct
 
 
 @struct.dataclass

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int8
 
+from tokjax import struct
 from tokjax.errors import ConfigError
 
 _PARTS = ("attention", "cross", "mlp")

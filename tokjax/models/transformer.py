@@ -9,9 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import struct
 from tokjax.errors import nearest
 from tokjax.models import attention, parameters
 from tokjax.models import cache as kv

@@ -20,7 +20,8 @@ from tokjax.data.batch import Batch
 from tokjax.errors import ConfigError
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
-from tokjax.preference.reference import (
+from tokjax.training.objective import Aux, Loss, Ratio
+from tokjax.training.reference import (
     LogRatios,
     init_reference,
     log_ratios,
@@ -28,7 +29,6 @@ from tokjax.preference.reference import (
     sample_sums,
     whole_pairs,
 )
-from tokjax.training.objective import Aux, Loss, Ratio
 
 Kind = Literal["sigmoid", "ipo", "hinge"]
 
@@ -67,6 +67,8 @@ class DPO:
     """
 
     reads_pairs: ClassVar[bool] = True
+    evaluates: ClassVar[bool] = True
+    relative_cost: ClassVar[float] = 4 / 3  # the reference's pass
 
     beta: float = 0.1  # inverse temperature of the implicit reward
     kind: Kind = "sigmoid"  # shape of the loss: DPO, IPO or SLiC's hinge

@@ -6,7 +6,7 @@ Factuality Alignment for Large Reasoning Models", arXiv 2510.24794).
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from tokjax.data.batch import Batch
 from tokjax.errors import ConfigError
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
-from tokjax.preference.reference import init_reference, log_ratios, sample_sums
 from tokjax.signals.packed import packed_sums
 from tokjax.training.objective import Aux, Loss
+from tokjax.training.reference import init_reference, log_ratios, sample_sums
 
 
 def kto_loss(
@@ -58,6 +58,9 @@ class KTO:
     of it. (The paper estimates it from mismatched prompts and answers, for which a batch of packed
     rows has no room; its own experiments find the loss robust to a cruder estimate.)
     """
+
+    evaluates: ClassVar[bool] = True
+    relative_cost: ClassVar[float] = 4 / 3  # the reference's pass
 
     beta: float = 0.1  # inverse temperature of the implicit reward
     good_weight: float = 1.0  # lambda of good answers

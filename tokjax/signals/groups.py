@@ -8,9 +8,9 @@ out of rounding.
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import struct
 from tokjax.signals.segments import segment_extremes, segment_moments
 
 

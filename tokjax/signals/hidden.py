@@ -5,9 +5,9 @@ has few correct digits unless they are widened first.
 """
 
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import struct
 from tokjax.signals.quantiles import masked_quantile
 
 

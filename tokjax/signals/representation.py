@@ -12,9 +12,9 @@ functions, so that every layer is reduced inside the backbone; leaves then lead 
 from typing import Literal
 
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import struct
 from tokjax.errors import nearest
 from tokjax.signals.hidden import l2_norm
 

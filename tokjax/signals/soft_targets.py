@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int
 
+from tokjax import struct
 from tokjax.signals.vocabulary import block_ids
 
 

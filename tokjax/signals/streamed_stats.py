@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
+from tokjax import struct
 from tokjax.models.head import Head, logits, logits_vjp
 from tokjax.signals.logits_gradient import coefficients, divergence_terms, logits_gradient
 from tokjax.signals.soft_targets import soft_tile

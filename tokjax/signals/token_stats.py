@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import struct
 from tokjax.errors import nearest
 from tokjax.models.head import Head, as_head
 from tokjax.signals.soft_targets import SoftTargets

@@ -10,9 +10,9 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import struct
 from tokjax.errors import nearest
 from tokjax.signals.segments import segment_moments, segment_sums
 

@@ -6,9 +6,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int
 
+from tokjax import struct
 from tokjax.errors import ConfigError
 from tokjax.models.transformer import Transformer
 from tokjax.signals.token_stats import token_stats

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Int
 
+from tokjax import struct
 from tokjax.errors import ConfigError, DataError
 
 _WIDTH = 32  # rows are as wide as a multiple of it, so that few programs are compiled

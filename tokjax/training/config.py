@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 from tokjax.config import Choice
 from tokjax.data.config import DataConfig
 from tokjax.errors import ConfigError
-from tokjax.finetuning import q_tuning, rft, sft
+from tokjax.finetuning import dft, one_token_rollout, q_tuning, rft, sft, star_dss
 from tokjax.models.config import ModelConfig
 from tokjax.parallel.mesh import MeshConfig
-from tokjax.preference import dpo, kto
+from tokjax.preference import dpo, figa, kto
 from tokjax.pretraining.next_token import NextToken
 from tokjax.pretraining.patch_training import Patch
 from tokjax.training.optimizers import AdamW, Cosine
@@ -17,7 +17,7 @@ from tokjax.training.retention import CheckpointConfig
 from tokjax.verifiers import ExactMatch
 
 # Importing a method registers it.
-METHODS = (sft, rft, q_tuning, dpo, kto)
+METHODS = (sft, rft, q_tuning, dft, one_token_rollout, star_dss, dpo, figa, kto)
 
 __all__ = ["METHODS", "NextToken", "Patch", "SampleConfig", "StageConfig", "TrainConfig"]
 

@@ -24,8 +24,8 @@ def evaluate(run: Run, params: Any, max_batches: int | None, aux: Any = ()) -> d
     """Returns `eval/<set>/loss` (nats per token) and `eval/<set>/bits_per_byte` of every set.
 
     Bits per byte are given where the whole set was read without weights; unlike the loss they
-    compare models with different tokenizers. Of pairs of answers the loss and all metrics are
-    those of the run's last objective.
+    compare models with different tokenizers. Where the run's last objective evaluates, as those of
+    preferences do, its loss and metrics are returned instead.
 
     Args:
         run: whose evaluation sets are read.
@@ -35,8 +35,9 @@ def evaluate(run: Run, params: Any, max_batches: int | None, aux: Any = ()) -> d
     """
     found: dict[str, float] = {}
     for name, loader in run.eval_loaders.items():
-        pairs = run.eval_stores[name].has_pairs
-        objective = run.stages[-1].objective if pairs else _OBJECTIVE
+        last = run.stages[-1].objective
+        own = getattr(last, "evaluates", False)
+        objective = last if own else _OBJECTIVE
         step = make_eval_step(run.model, objective)
         sums = Accumulator()
         batches = len(loader) if max_batches is None else min(max_batches, len(loader))
@@ -45,9 +46,9 @@ def evaluate(run: Run, params: Any, max_batches: int | None, aux: Any = ()) -> d
         )
         with prefetch(make, 0, batches, depth=2) as feed:
             for batch in feed:
-                sums.add(step(params, aux if pairs else (), batch))
+                sums.add(step(params, aux if own else (), batch))
         means = sums.means()
-        if pairs:
+        if own:
             found |= {f"eval/{name}/{metric}": value for metric, value in means.items()}
             continue
         loss = means["loss"]

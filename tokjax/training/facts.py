@@ -67,10 +67,11 @@ def stage_flops(run: Run, stage: Stage) -> float:
     """Returns the model FLOPs of one training step of a stage, over all devices.
 
     Frozen matrices have no gradient of their own, which is a third of the work; the adapters' are
-    not counted.
+    not counted. An objective may say that it takes more or less than one pass forth and back.
     """
     data = run.config.data
     share = 1.0 if run.model.config.lora is None else 2 / 3
+    share *= getattr(stage.objective, "relative_cost", 1.0)
     whole = training_flops(run.model.config, data.seq_len)
     return share * whole * data.seq_len * data.batch_size
 

@@ -8,9 +8,9 @@ and devices and divides once, so that k micro-batches give exactly what one larg
 from typing import Any, Protocol
 
 import jax
-from flax import struct
 from jaxtyping import Array, Float
 
+from tokjax import struct
 from tokjax.data.batch import Batch
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
@@ -37,7 +37,12 @@ class Loss:
 
 
 class Objective(Protocol):
-    """Something a model can be trained on."""
+    """Something a model can be trained on.
+
+    Three more attributes are read where an objective has them: `reads_pairs` (it takes pairs of
+    answers and nothing else), `evaluates` (held-out data are evaluated by it, not by the next-token
+    loss) and `relative_cost` (model FLOPs of a step over those of next-token prediction).
+    """
 
     @property
     def tokens_per_position(self) -> int:

@@ -7,9 +7,9 @@ of preferences is a function of. Token weights (cDPO, MR-ALIGN) are nothing but 
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from tokjax import struct
 from tokjax.data.batch import Batch
 from tokjax.models import lora
 from tokjax.models.head import Head

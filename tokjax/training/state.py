@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from tokjax import struct
 from tokjax.models import lora, parameters
 from tokjax.models.transformer import Transformer
 from tokjax.parallel.rules import parameter_shardings

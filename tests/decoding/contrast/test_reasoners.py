@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
+from tokjax import struct
 from tokjax.decoding import Prompts, StepOutput, categorical, decode, temperature
 from tokjax.decoding.contrast import with_reasoners
 from tokjax.decoding.contrast.combine import log_probabilities

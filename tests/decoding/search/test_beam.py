@@ -3,8 +3,8 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from flax import struct
 
+from tokjax import struct
 from tokjax.decoding import (
     Conditioned,
     Prompts,

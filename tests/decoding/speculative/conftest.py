@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from flax import struct
 
+from tokjax import struct
 from tokjax.models import ModelConfig, Transformer
 
 V = 61

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
+from tokjax import struct
 from tokjax.decoding import top_p
 from tokjax.decoding.speculative import (
     disjoint_groups,

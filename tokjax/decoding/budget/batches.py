@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int
 
+from tokjax import struct
 from tokjax.decoding.budget.traces import remaining_lengths
 from tokjax.decoding.prompts import bucket
 from tokjax.errors import DataError

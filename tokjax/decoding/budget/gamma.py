@@ -9,10 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from flax import struct
 from jax.scipy.special import gammainc, gammaln
 from jaxtyping import Array, Bool, Float
 
+from tokjax import struct
 from tokjax.decoding.transforms.base import setting
 from tokjax.errors import DataError
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import struct
 from tokjax.decoding.budget.gamma import Reliability, guided_logits
 from tokjax.decoding.budget.predictor import LengthPredictor
 from tokjax.decoding.context import Context

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import struct
 from tokjax.decoding.constrained.automaton import Automaton
 from tokjax.decoding.constrained.byte_automaton import NOWHERE
 from tokjax.decoding.context import Context

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int
 
+from tokjax import struct
 from tokjax.decoding.contrast.combine import (
     IMPOSSIBLE,
     SCORED,

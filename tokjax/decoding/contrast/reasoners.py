@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int
 
+from tokjax import struct
 from tokjax.decoding.contrast.combine import as_column
 from tokjax.decoding.contrast.settings import number, of_rows, shared_vocabulary
 from tokjax.decoding.predictors import Predictor, StepOutput, as_predictor

@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int
 
+from tokjax import struct
 from tokjax.decoding.contrast.combine import contrast, log_probabilities, plausible, restrict
 from tokjax.decoding.contrast.settings import of_rows
 from tokjax.decoding.engine import check_prompts

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import struct
 from tokjax.decoding.context import Context
 from tokjax.decoding.contrast.branches import Branches
 from tokjax.decoding.engine import Generation, check_prompts

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import struct
 from tokjax.decoding.context import Context
 from tokjax.decoding.engine import check_prompts
 from tokjax.decoding.predictors import StepOutput, as_predictor

@@ -9,9 +9,9 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from tokjax import struct
 from tokjax.decoding.transforms.base import column, setting
 from tokjax.decoding.transforms.truncation import entropy
 from tokjax.errors import ConfigError

@@ -5,9 +5,9 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int
 
+from tokjax import struct
 from tokjax.decoding.predictors import ModelPredictor
 from tokjax.decoding.prompts import Prompts
 from tokjax.errors import ConfigError

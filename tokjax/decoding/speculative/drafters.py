@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import struct
 from tokjax.decoding.prompts import Prompts
 from tokjax.decoding.speculative.blocks import (
     BlockPredictor,

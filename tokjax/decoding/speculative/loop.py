@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import struct
 from tokjax.decoding.context import Context
 from tokjax.decoding.engine import Generation
 from tokjax.decoding.prompts import Prompts

@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
+from tokjax import struct
 from tokjax.decoding.speculative.acceptance import Acceptance, exact
 
 

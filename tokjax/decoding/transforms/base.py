@@ -11,9 +11,9 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax import struct
 from tokjax.decoding.context import Context
 from tokjax.decoding.prompts import Prompts
 from tokjax.errors import ConfigError

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from tokjax import struct
 from tokjax.decoding.context import Context
 from tokjax.decoding.prompts import Prompts
 from tokjax.decoding.transforms.base import Stateless, Transform, column, setting
