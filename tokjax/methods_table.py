@@ -73,7 +73,7 @@ _ROWS = (
     Method("r1_compress", "R1-Compress: Long Chain-of-Thought Compression via Chunk Compression and Search", "2505.16838", 2025, "finetuning", "Rewrites reasoning traces chunk by chunk, choosing short versions that stay likely, and trains on them."),
     Method("rft_shad", "Disentangling Reasoning Tokens and Boilerplate Tokens For Language Model Fine-tuning", "2412.14780", 2024, "finetuning", "Finds boilerplate by the loss under a model tuned on shuffled answers, and weights reasoning tokens up."),
     Method("star_dss", "Shape it Up! Restoring LLM Safety during Finetuning", "2505.17196", 2025, "finetuning", "A guard scores every prefix: safe tokens are imitated, unsafe ones held to an aligned reference."),
-    Method("trim", "TRIM: Token-wise Attention-Derived Saliency for Data-Efficient Instruction Tuning", "2510.07118", 2025, "finetuning", "Selects instruction data whose token states match saliency-weighted fingerprints of the target task."),
+    Method("trim", "TRIM: Token-wise Attention-Derived Saliency for Data-Efficient Instruction Tuning", "2510.07118", 2025, "finetuning", "Selects instruction data whose token states match saliency-weighted fingerprints of the target task.", "tokjax.selection.trim", "did not reproduce"),
     # preference
     Method("cdpo", "Critical Tokens Matter: Token-Level Contrastive Estimation Enhances LLM's Reasoning Capability", "2411.19943", 2024, "preference", "Weights the rejected side of DPO by how critical a token is, from models of right and wrong chains."),
     Method("figa", "Beyond Imitation: Leveraging Fine-grained Quality Signals for Alignment", "2311.04072", 2023, "preference", "The edits from a poor to a revised answer say which tokens to make likelier and which less likely."),

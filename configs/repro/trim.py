@@ -2,7 +2,10 @@
 
     python -m tokjax.reproduce trim
 
-OUTCOME
+What came out is in docs/reproductions/trim.json and .png: TRIM finds sorted examples (0.87 of the
+chosen, mean states 0.45, chance 0.24; permuted fingerprints 0.29) and training on its choice gives
+more right answers than on a random one (0.42 against 0.14), but copies and reversals barely above
+chance (0.30 and 0.28, chance 0.25 and 0.24) and sums not; saliency made no difference anywhere.
 
 A pool of 4,000 examples: digits, a separator, and the digits copied, reversed, sorted, or each
 added to its neighbour (modulo 10), with nothing that says which. A model of 0.1M parameters learns
@@ -120,7 +123,7 @@ def get_plan(scale: str) -> Comparison:
             *(
                 Bars(
                     "precision",
-                    f"share of the chosen that are of the target's family: {family}",
+                    f"{family}: chosen of this family",
                     "share",
                     tuple(f"{family}_{kind}" for kind in shown),
                 )
@@ -128,7 +131,7 @@ def get_plan(scale: str) -> Comparison:
             ),
             Bars(
                 "correct",
-                "right answers on the target's family behind training on the chosen",
+                "right answers behind training",
                 "share",
                 tuple(f"{family}_{kind}" for family in FAMILIES for kind in (*TUNED, "base")),
             ),

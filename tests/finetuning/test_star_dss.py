@@ -67,8 +67,13 @@ def graded(objective, model=MODEL):
     return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
-def close(a, b, atol=2e-6, rtol=1e-5):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=rtol), a, b)
+def close(found, expected, tolerance=1e-5):
+    """Every leaf, relative to its norm: sums of another order round in other places."""
+
+    def near(a, b):
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+    jax.tree.map(near, jax.device_get(found), jax.device_get(expected))
 
 
 def logprobs(params, batch):
@@ -144,7 +149,7 @@ def test_where_all_is_safe_the_loss_is_plain_sft_whatever_the_reference(params, 
     # The mean cross-entropy bit for bit; SFT rounds it elsewhere.
     assert found.total == found.metrics["nll"][0] == found.metrics["imitation"][0]
     np.testing.assert_allclose(found.total, plain.total, rtol=1e-6)
-    close(gradient, expected, atol=1e-5)
+    close(gradient, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,7 +170,7 @@ def test_value_and_gradient_equal_the_naive_form(params, reference, kind):
     batch = rows()
     expected = naive(kind, 0.7)(params, reference, batch)
     (total, _), gradient = graded(StarDSS(kl=kind, lambda_kl=0.7))(params, reference, batch)
-    close((total, gradient), expected, atol=2e-5)
+    close((total, gradient), expected)
 
 
 def test_without_pull_no_reference_is_kept_and_samples_are_rejected(params):

@@ -1,17 +1,16 @@
 """Token stores of a few records, and a tiny model of bytes."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
 
-from tokjax.config import resolve
 from tokjax.data.annotated import annotate
-from tokjax.data.config import DataConfig
+from tokjax.data.byte_tokenizer import ByteTokenizer
+from tokjax.data.encoding import Encoder
 from tokjax.data.loader import EvalLoader
-from tokjax.data.prepare import ensure_store
-from tokjax.data.store import TokenStore
+from tokjax.data.records import to_document
+from tokjax.data.sources import JsonlSource
+from tokjax.data.store import StoreWriter, TokenStore
 from tokjax.models import ModelConfig, Transformer
 from tokjax.preference.token_weights import write_token_weights
 
@@ -21,14 +20,14 @@ def stored(tmp_path_factory):
     """A function from records and their kind to a token store of bytes; 256 begins and ends."""
 
     def make(records, kind):
-        folder = tmp_path_factory.mktemp(kind)
-        file = folder / "records.jsonl"
-        file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        source = {"name": "jsonl", "files": (str(file),), "kind": kind}
-        tree = {"tokenizer": {"name": "bytes"}, "train": [{"source": source}]}
-        data = resolve(DataConfig, tree)
-        path = ensure_store(data.train[0].source, data, cache_dir=folder, progress=False)
-        return TokenStore.open(path)
+        source = JsonlSource(files=("x.jsonl",), kind=kind)
+        documents = [to_document(record, source, f"x:{n}") for n, record in enumerate(records)]
+        encoder = Encoder(ByteTokenizer(), before=(256,), after=(256,))
+        folder, facts = tmp_path_factory.mktemp(kind) / "store", {"after": [256]}
+        with StoreWriter(folder, vocab_size=257, tokenizer=facts) as writer:
+            for e in encoder.encode(documents):
+                writer.add(e.tokens, e.weights, key=e.key, name=e.name, cut=e.cut)
+        return TokenStore.open(folder)
 
     return make
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,6 +148,19 @@ def test_batching_changes_no_score(store, adapted, scores):
         np.testing.assert_allclose(one, other, rtol=1e-4)
 
 
+def test_positions_begin_anew_with_the_rejected_answer(store, lm):
+    config = replace(lm[0].config, positions="learned")
+    model = Transformer(config)
+    params = jax.tree.map(lambda a: 20 * a, model.init(jax.random.key(3)))
+    found = critical_scores(store, (model, params), (model, params), beta=0.0)
+    for i in range(store.num_examples):
+        part = store.tokens(i, store.cut(i))
+        logits = model(params, part[None])[0][0]
+        p = np.asarray(jax.nn.softmax(logits))[np.arange(len(part) - 1), part[1:]]
+        own, counted = found[i][store.cut(i) + 1 :], store.weights(i)[store.cut(i) + 1 :] != 0
+        np.testing.assert_allclose(own[counted], p[counted], rtol=5e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("only_negative", [True, False])
 def test_weights_of_answers_ends_and_prompts(store, only_negative):
     scores = [np.full(n, 0.25, np.float32) for n in store.lengths]
@@ -200,12 +215,15 @@ def test_what_does_not_fit_is_refused(store, stored, lm):
     with pytest.raises(DataError, match="score it again"):
         critical_weights(store, [np.zeros(3, np.float32)] * 3)
     config = model.config
-    wide = Transformer(config.__class__(**{**vars(config), "vocab_size": 300}))
+    wide = Transformer(replace(config, vocab_size=300))
     with pytest.raises(ConfigError, match=r"models of \[257, 300\] ids"):
         critical_scores(store, lm, (wide, params))
-    short = Transformer(config.__class__(**{**vars(config), "max_positions": 8}))
-    with pytest.raises(ConfigError, match="has 10 tokens .* 8 positions"):
+    short = Transformer(replace(config, max_positions=8))
+    with pytest.raises(ConfigError, match=r"an answer of x:0 has 10 tokens.* 8 positions"):
         critical_scores(store, (short, params), lm)
+    table = replace(short.config, positions="learned", max_positions=16)
+    with pytest.raises(ConfigError, match=r"the pair x:0 has 17 tokens.* 16 positions"):
+        critical_scores(store, (Transformer(table), params), lm)
     broken = {**params, "embedding": params["embedding"] * jnp.nan}
     with pytest.raises(DataError, match="not finite"):
         critical_scores(store, lm, (model, broken))

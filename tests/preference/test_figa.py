@@ -114,6 +114,13 @@ def test_disjoint_answers_are_marked_throughout_but_for_the_initial_end(store):
         np.testing.assert_array_equal(figa_weights(store)[i], expected)
 
 
+def test_an_initial_end_is_not_bad_even_where_the_revision_has_none(stored):
+    # Of the revised answer only "a" counts, so that "b" and the end seem deleted.
+    record = {"prompt": "q", "chosen": "ab", "rejected": "ab", "weights": [[1, 2, 0.0]]}
+    weights = figa_weights(stored([record], "preference"))[0]
+    np.testing.assert_array_equal(weights, [0] * 5 + [0] * 3 + [0.5, 0])
+
+
 def test_the_channel_keeps_the_signs_of_the_data(store, batch_of):
     batch = batch_of(store, figa_weights(store, beta=0.5, gamma=0.25))
     chosen = batch.segment_ids % 2 == 1
@@ -154,6 +161,8 @@ def test_an_unlikely_bad_token_has_no_gradient_and_is_not_counted():
     np.testing.assert_allclose(jax.grad(total)(raised), [0, 1, 0, 1, 0, 0, 0, 0, 0])
     count = [int((gated_weights(n, WEIGHTS, 0.6) != 0).sum()) for n in (NLL, raised)]
     assert count == [3, 2]
+    at_the_gate = np.full(9, 0.6, np.float32)
+    np.testing.assert_array_equal(gated_weights(at_the_gate, WEIGHTS, 0.6), WEIGHTS)
     open_gate = jax.grad(lambda nll: total(nll, None))(NLL)
     np.testing.assert_array_equal(open_gate, WEIGHTS)
 

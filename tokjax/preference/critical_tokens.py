@@ -282,7 +282,7 @@ def critical_token(
 
 def _check_models(store: AnswerStore, cuts: np.ndarray, models: Sequence[Transformer]) -> None:
     ids = store.manifest["tokenizer"]["vocab_size"]
-    sides = np.maximum(cuts, np.asarray(store.lengths) - cuts)
+    lengths = np.asarray(store.lengths)
     for model in models:
         config = model.config
         if config.vocab_size != models[0].config.vocab_size or config.vocab_size < ids:
@@ -290,11 +290,15 @@ def _check_models(store: AnswerStore, cuts: np.ndarray, models: Sequence[Transfo
                 f"models of {[m.config.vocab_size for m in models]} ids and a store of {ids}: both "
                 f"models must have the tokenizer of the store"
             )
-        if sides.size and sides.max() > config.max_positions:
-            i = int(sides.argmax())
+        # A table of positions has to reach over the whole row, in training too.
+        whole = config.positions == "learned"
+        sizes = lengths if whole else np.maximum(cuts, lengths - cuts)
+        if sizes.size and sizes.max() > config.max_positions:
+            i = int(sizes.argmax())
+            what = "the pair" if whole else "an answer of"
             raise ConfigError(
-                f"an answer of {store.example_name(i)} has {sides[i]} tokens with its prompt, more "
-                f"than the model's {config.max_positions} positions: prepare with max_tokens"
+                f"{what} {store.example_name(i)} has {sizes[i]} tokens, prompt included, more than "
+                f"the model's {config.max_positions} positions: prepare with a smaller max_tokens"
             )
 
 

@@ -176,8 +176,8 @@ class FIGA:
 
     reads_pairs: ClassVar[bool] = True
 
-    # nll above which a bad token is pushed no further, in nats (0.6 is probability 0.55); None pushes
-    # on, and the loss has no lower bound
+    # nll above which a bad token is pushed no further, in nats (0.6 is probability 0.55); with None
+    # the loss has no lower bound
     gate: float | None = 0.6
 
     def __post_init__(self):

@@ -329,12 +329,10 @@ def _thinking_ranges(text: str, tags: tuple[str, str]) -> list[tuple[int, int]]:
     ends = [match.end() for match in blank.finditer(text, inner, stop)]
     ranges, begin = [], start
     for end in [*ends, stop]:
-        # Blank lines behind the opening tag or before the closing one divide nothing.
+        # Blank lines behind the opening tag divide nothing.
         if text[max(begin, inner) : end].strip():
             ranges.append((begin, end))
             begin = end
-    if ranges:
-        ranges[-1] = (ranges[-1][0], stop)
     return ranges
 
 

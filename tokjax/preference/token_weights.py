@@ -87,13 +87,12 @@ def counted_targets(store: AnswerStore, i: int) -> Bool[np.ndarray, "n"]:
 
 
 def end_tokens(store: AnswerStore, i: int) -> Bool[np.ndarray, "n"]:
-    """Returns which tokens of an example are the end that the store puts behind a sequence."""
-    ids, found = store.tokens(i), np.zeros(int(store.lengths[i]), bool)
+    """Returns which counted targets are the end token that the store puts behind a sequence.
+
+    Those that a chat template wrote behind a turn are meant too.
+    """
     after = store.manifest["tokenizer"].get("after", [])
-    for end in {store.cut(i), len(ids)} if after else ():
-        if ids[max(end - len(after), 0) : end].tolist() == list(after):
-            found[end - len(after) : end] = True
-    return found
+    return counted_targets(store, i) & np.isin(store.tokens(i), after[-1:])
 
 
 def write_token_weights(
