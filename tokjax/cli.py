@@ -230,6 +230,9 @@ def help_text(
     return "\n".join(lines)
 
 
+_JAX_NOTE = "JAX has removed its internal frames"  # of errors raised while a program is traced
+
+
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Ends the process with the exit code of `main(argv)`.
 
@@ -255,7 +258,8 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = BROKEN_PIPE_EXIT_CODE
     except TokjaxError as error:
-        _complain("\n".join([str(error), *getattr(error, "__notes__", ())]), debug)
+        notes = [n for n in getattr(error, "__notes__", ()) if _JAX_NOTE not in n]
+        _complain("\n".join([str(error), *notes]), debug)
         code = error.exit_code
     except OSError as error:
         if error.errno not in _STORAGE_ERRNOS:

@@ -4,16 +4,16 @@
 
 OUTCOME
 
-Invented calls of a tool: a prompt names a task and four digits; the answer has 16 template words, in
-three fixed wordings, around four slots, which are the digits (copy) or sums of neighbours (modulo
-10). The base model was trained on the same functions among random words, until it fills 75 to 85 %
-of the slots of templated answers. `tokjax.select --method=shad` labels 4,000 answers; the arms
-train on them for 500 steps:
+Invented calls of a tool: a prompt names a task and four digits; the answer has 16 template words,
+in three fixed wordings, around four slots, which are the digits (copy) or sums of neighbours (sum,
+modulo 10). The base model was trained on the same functions among random words, until it
+fills 75 to 85 % of the slots of templated answers. `tokjax.select --method=shad` labels 4,000
+answers; the arms train on them for 500 steps:
     sft, rft        every token alike; RFT with the labels of SHAD
     true            RFT with the true slots as reasoning
     random          RFT with as many random tokens of each answer as SHAD has (control)
     alpha           SHAD's groups with fixed weights of one half
-    *_late          the same for 1,500 steps
+    *_late          the same for 1,000 steps
 """
 
 import functools
@@ -48,11 +48,11 @@ from tokjax.training.step import StepConfig, make_train_step
 TASKS = ("copy", "sum")
 SLOTS = 4
 WORDS = tuple(f"w{i}" for i in range(200))
-# Words before each slot's cue and behind the last slot, in each wording: 12, and 4 cues.
-LAYOUTS = ((3, 3, 3, 2, 1), (1, 4, 2, 3, 2), (4, 1, 3, 1, 3))
-ANSWER = 20  # words
+WORDINGS = 3
+BEFORE = 4  # template words before each slot
 PROMPT = 1 + 1 + SLOTS  # tokens: BOS, task, digits
-LENGTH = PROMPT + ANSWER + 1  # EOS is the last
+LENGTH = PROMPT + SLOTS * (BEFORE + 1)
+PLACES = PROMPT + BEFORE + (BEFORE + 1) * np.arange(SLOTS)  # of the slots
 BAND = (0.75, 0.85)  # share of slots that the base model fills when it stops
 EVERY = 25  # steps between looks at that share
 BASE_BATCH = 64
@@ -64,14 +64,14 @@ def get_plan(scale: str) -> Comparison:
     settings = {
         "d_model": 32 if smoke else 64,
         "base_steps": 50 if smoke else 8000,
-        "base_rate": 2e-3,
+        "base_rate": 3e-3,
         "pool": 200 if smoke else 4000,
         "held_out": 40 if smoke else 500,
-        "shad": {"share": 0.02, "epochs": 1 if smoke else 12},
+        "shad": {"share": 0.02, "epochs": 1 if smoke else 12, "rank": None},
         "rate": 1e-4,
         "tau": 2.5,
     }
-    steps, late = (4, 8) if smoke else (500, 1500)
+    steps, late = (4, 8) if smoke else (500, 1000)
 
     def arm(role: str, label: str, mask: str, steps: int = steps) -> Treatment:
         return Treatment(role, label, {"mask": mask, "steps": steps})  # type: ignore[arg-type]
@@ -110,49 +110,41 @@ def get_plan(scale: str) -> Comparison:
             f"of every {EVERY} steps at which it fills {BAND[0]:.0%} of the slots.",
             "Nothing else was tuned: tau, the share of 2 % and 12 epochs are those of the small "
             "experiment as it is specified, the rest are defaults of the command.",
-            "The copy is tuned by adapters of rank 8; a cue word comes before every slot.",
+            "The copy is tuned in all its parameters. In a pilot on another seed adapters of rank "
+            "8, the command's default, were too weak for so small a model: after 120 steps the "
+            "loss of the template had fallen by 0.4 nats, and a tenth of it was labelled "
+            "reasoning.",
+            "Tokens that the base model predicts with certainty are labelled by chance, as their "
+            "loss hardly changes: in a pilot a cue word before every slot and an end token made a "
+            "quarter of the template reasoning. The task as it is specified has neither.",
         ),
     )
 
 
 def templates() -> list[list[str]]:
-    """Returns the words of each wording, without cues and slots; all different."""
-    drawn = np.random.default_rng(7).permutation(len(WORDS))[: 12 * len(LAYOUTS)]
-    return [[WORDS[i] for i in part] for part in drawn.reshape(len(LAYOUTS), 12)]
-
-
-def slots_of(layout: Sequence[int]) -> list[int]:
-    """Returns the places of the slots in an answer.
-
-    >>> slots_of((3, 3, 3, 2, 1))
-    [4, 9, 14, 18]
-    """
-    return [int(p) for p in np.cumsum([n + 2 for n in layout[:-1]]) - 1]
+    """Returns the words of each wording, without slots; all different."""
+    drawn = np.random.default_rng(7).permutation(len(WORDS))[: WORDINGS * SLOTS * BEFORE]
+    return [[WORDS[i] for i in part] for part in drawn.reshape(WORDINGS, -1)]
 
 
 def record(rng: np.random.Generator, templated: bool) -> dict[str, Any]:
     """Returns a question and its answer, among the words of a template or random ones."""
-    task, wording = int(rng.integers(2)), int(rng.integers(len(LAYOUTS)))
+    task, wording = int(rng.integers(2)), int(rng.integers(WORDINGS))
     digits = rng.integers(0, 10, SLOTS)
     filled = (digits + np.roll(digits, -1)) % 10 if task else digits
-    random = [WORDS[i] for i in rng.integers(0, len(WORDS), 12)]
-    rest, answer = iter(templates()[wording] if templated else random), []
-    for slot, count in enumerate(LAYOUTS[wording]):
-        answer += [next(rest) for _ in range(count)]
-        answer += ["arg", str(filled[slot])] if slot < SLOTS else []
+    random = [WORDS[i] for i in rng.integers(0, len(WORDS), SLOTS * BEFORE)]
+    rest, answer = templates()[wording] if templated else random, []
+    for slot in range(SLOTS):
+        answer += [*rest[slot * BEFORE : (slot + 1) * BEFORE], str(filled[slot])]
     return {
         "prompt": " ".join([TASKS[task], *map(str, digits)]),
         "response": "".join(f" {word}" for word in answer),
-        "wording": wording,
     }
 
 
-def true_mask(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Returns which tokens are slots, [N LENGTH]."""
-    found = np.zeros((len(rows), LENGTH), bool)
-    for i, r in enumerate(rows):
-        found[i, np.array(slots_of(LAYOUTS[r["wording"]])) + PROMPT] = True
-    return found
+def true_mask(count: int) -> np.ndarray:
+    """Returns which tokens of each answer are slots, [N LENGTH]."""
+    return np.tile(np.isin(np.arange(LENGTH), PLACES), (count, 1))
 
 
 class Materials:
@@ -160,13 +152,12 @@ class Materials:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], seed: int):
         self.folder, self.settings, self.seed = folder, settings, seed
-        words = (*TASKS, *map(str, range(10)), "arg", *WORDS)
-        self.words = word_tokenizer(folder / "words", words)
-        tokenizer = build_tokenizer(resolve(TokenizerConfig, self.words), folder)
-        ids = {word: tokenizer.encode(word) for word in words}
-        self.ids = {word: found[-1] for word, found in ids.items()}
-        self.ends = (tokenizer.bos_id, tokenizer.eos_id)
-        self.tokenizer = tokenizer
+        words = (*TASKS, *map(str, range(10)), *WORDS)
+        # Without an end token, which the base model would know already.
+        described = word_tokenizer(folder / "words", words)
+        described |= {"eos": None, "add_eos": False}
+        self.tokenizer = build_tokenizer(resolve(TokenizerConfig, described), folder)
+        self.ids = {word: self.tokenizer.encode(word)[-1] for word in words}
         rng = np.random.default_rng([seed, 1])
         self.pool = [record(rng, True) for _ in range(settings["pool"])]
         self.held_out = [record(rng, True) for _ in range(settings["held_out"])]
@@ -178,9 +169,9 @@ class Materials:
 
     def encoded(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """Returns the ids of records, [N LENGTH]."""
-        bos, eos = self.ends
+        bos = self.tokenizer.bos_id
         texts = [(r["prompt"] + r["response"]).split() for r in rows]
-        return np.array([[bos, *(self.ids[w] for w in text), eos] for text in texts], np.int32)
+        return np.array([[bos, *(self.ids[w] for w in text)] for text in texts], np.int32)
 
     @cached_property
     def base(self) -> Path:
@@ -242,7 +233,7 @@ class Materials:
         rng = np.random.default_rng([self.seed, 3])
         chosen, channels = shad, {}
         if mask == "true":
-            chosen = true_mask(self.pool)
+            chosen = true_mask(len(shad))
         elif mask == "random":
             noise = np.where(np.arange(LENGTH) >= PROMPT, rng.random(shad.shape), 2.0)
             chosen = np.argsort(np.argsort(noise, 1), 1) < shad.sum(1, keepdims=True)
@@ -308,7 +299,7 @@ class Materials:
         """Returns of each example of the pool how SHAD's labels differ from the true ones."""
         found = read_artifact(self.labelled)
         shad = found.channel("reasoning").reshape(-1, LENGTH) != 0
-        true = true_mask(self.pool)
+        true = true_mask(len(shad))
         other = ~np.isin(np.arange(len(true)), self.tuned_on())
         shad, true = shad[other][:, PROMPT:], true[other][:, PROMPT:]
         return {
@@ -327,7 +318,7 @@ class Materials:
         self, lm: LanguageModel, rows: Sequence[Mapping[str, Any]]
     ) -> dict[str, list[float]]:
         """Returns for each record the losses of its slots and template, and the slots filled."""
-        tokens, slots = self.encoded(rows), true_mask(rows)
+        tokens, slots = self.encoded(rows), true_mask(len(rows))
         scope = np.broadcast_to(np.arange(LENGTH) >= PROMPT, slots.shape)
         nll = np.asarray(losses(lm.model, lm.params, tokens, scope)[1])
         right = np.asarray(_right(lm.model, lm.params, tokens))

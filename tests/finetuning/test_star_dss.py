@@ -1,4 +1,5 @@
 import functools
+import json
 import re
 from types import SimpleNamespace
 
@@ -8,16 +9,22 @@ import numpy as np
 import optax
 import pytest
 
-from tokjax.config import registered_name
+from tokjax.config import registered_name, resolve
 from tokjax.data.artifact import read_artifact, write_artifact
 from tokjax.data.batch import Batch
+from tokjax.data.prepare import ensure_store
+from tokjax.data.store import TokenStore
 from tokjax.errors import ConfigError, DataError
 from tokjax.finetuning.sft import SFT
 from tokjax.finetuning.star_dss import StarDSS, chunk_ends, chunk_values, kl_estimate
 from tokjax.models import ModelConfig, Transformer, lora
 from tokjax.models.lora import LoraConfig
 from tokjax.signals import vocabulary
+from tokjax.training.config import TrainConfig
+from tokjax.training.loop import train
+from tokjax.training.metrics import read_metrics
 from tokjax.training.optimizers import Constant
+from tokjax.training.run import build_run
 from tokjax.training.state import init_state
 from tokjax.training.step import StepConfig, make_train_step
 
@@ -424,3 +431,54 @@ def test_the_objective_is_found_by_name():
 def test_impossible_settings_are_refused(settings, said):
     with pytest.raises(ConfigError, match=said):
         StarDSS(**settings)
+
+
+def test_a_run_reads_the_channel_from_an_artifact(tmp_path, tiny_tree):
+    pairs = [{"prompt": "p" * (i + 2), "response": "good" * 3 + "bad" * i} for i in range(6)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    tree = tiny_tree(
+        objective={"name": "star_dss", "kl": "k3"},
+        data__train=[{"source": {"name": "jsonl", "files": (str(file),), "kind": "response"}}],
+        data__evals={},
+        data__cache_dir=str(tmp_path / "cache"),
+        data__batch_size=2,
+        steps=4,
+    )
+    data = resolve(TrainConfig, tree).data
+    folder = ensure_store(data.train[0].source, data, cache_dir=tmp_path / "cache", progress=False)
+    store = TokenStore.open(folder)
+    every = range(store.num_examples)
+    values = []
+    for i in every:
+        weights = store.weights(i)
+        prompt = int(np.flatnonzero(weights)[0])
+        ends = chunk_ends(prompt, len(weights), 12)
+        values.append(chunk_values([1.0] + [0.0] * (len(ends) - 1), ends, len(weights)))
+    write_artifact(
+        tmp_path / "safety.parquet",
+        keys=[store.example_key(i) for i in every],
+        names=[store.example_name(i) for i in every],
+        n_tokens=store.lengths,
+        scores=None,
+        keep=[True] * len(every),
+        channels={"safety": values},
+        meta={"method": "star_dss"},
+    )
+
+    def trained(name):
+        run = build_run(resolve(TrainConfig, tree), devices=jax.devices()[:1], show_progress=False)
+        train(run, tmp_path / name)
+        return read_metrics(tmp_path / name)
+
+    with pytest.raises(ConfigError, match="needs the channel 'safety', but the data have none"):
+        trained("without")
+    tree["data"]["train"][0]["artifact"] = str(tmp_path / "safety.parquet")
+    table = trained("with")
+    loss, imitation, pull, safety = (
+        np.array(table[name], float) for name in ("loss", "imitation", "pull", "safety")
+    )
+    assert (0 < safety).all() and (safety < 1).all()
+    # The first step starts at the reference; the pull comes with what the steps change.
+    assert abs(pull[0]) < 1e-6 < pull[-1]
+    np.testing.assert_allclose(loss, imitation + pull, rtol=1e-5)

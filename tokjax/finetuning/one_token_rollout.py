@@ -130,7 +130,7 @@ def rollout_loss(
     def local(tokens, head):
         leading = tokens[0].shape[:2]
         x, *per_token = flat(tokens)
-        total, found = _summed((rule, kind), x, head, tuple(per_token))
+        total, found = _summed((rule, kind), x, head, tuple(per_token))  # type: ignore[misc]
         return total, jax.tree.map(lambda a: a.reshape(leading), found)
 
     weights = jax.lax.stop_gradient(weights.astype(jnp.float32))

@@ -57,6 +57,7 @@ class Shad:
     epochs: int = 3  # passes of the tuning over them
     learning_rate: float = 1e-3  # of the tuning, by Adam, constant
     batch_size: int = 8  # examples of a tuning step
+    threshold: float = 0.0  # nats that the loss of a reasoning token rises by, at least
     rank: int | None = 8  # of the adapters that are tuned; None tunes all parameters
     seed: int = 0  # of the draw, the handing over, the adapters' start and the order
 
@@ -68,6 +69,8 @@ class Shad:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate={self.learning_rate} must be at least 0 and finite")
+        if not 0 <= self.threshold < math.inf:
+            raise ConfigError(f"threshold={self.threshold} must be at least 0 and finite")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} must be at least 0 and below 2^32")
         if self.rank is not None:
@@ -100,7 +103,7 @@ class Shad:
             # One program for both, so that equal parameters give equal losses.
             found = [losses(model, each, rows.tokens, scope)[1] for each in (before, after)]
             nll, tuned = jax.device_get(found)
-            difference, reasoning = labels(nll, tuned)
+            difference, reasoning = labels(nll, tuned, self.threshold)
             count = scope.sum(1)
             scores = np.where(count > 0, reasoning.sum(1) / np.maximum(count, 1), -np.inf)
             scores = np.where(np.isfinite(difference).all(1), scores, np.nan)
@@ -187,19 +190,20 @@ class Shad:
 
 
 def labels(
-    before: Float[np.ndarray, "*N"], after: Float[np.ndarray, "*N"]
+    before: Float[np.ndarray, "*N"], after: Float[np.ndarray, "*N"], threshold: float = 0.0
 ) -> tuple[Float[np.ndarray, "*N"], Bool[np.ndarray, "*N"]]:
     """Returns how much the loss of each token rises, and which tokens are reasoning: it rises.
 
     Args:
         before: losses under the model.
         after: under the copy that was tuned on shuffled answers.
+        threshold: above which a rise counts, in nats.
 
     >>> labels(np.array([0.25, 1.5, 1.0]), np.array([0.25, 2.5, 0.5]))[1].tolist()
     [False, True, False]
     """
     difference = after - before
-    return difference, difference > 0
+    return difference, difference > threshold
 
 
 @dataclass(frozen=True, eq=False)
