@@ -102,7 +102,7 @@ def get_plan(scale: str) -> Comparison:
             Bars("template_nll", "loss of the template", "nats", ()),
         ),
         settings=settings,
-        seeds=(0, 1, 2),
+        seeds=(0, 1),
         notes=(
             "An item is a held-out question, or an example of the pool (errors of labels, without "
             "those that the copy was tuned on).",
@@ -231,7 +231,7 @@ class Materials:
         found, path = read_artifact(self.labelled), self.folder / f"{mask}.parquet"
         shad = found.channel("reasoning").reshape(-1, LENGTH) != 0
         rng = np.random.default_rng([self.seed, 3])
-        chosen, channels = shad, {}
+        chosen, channels = shad, dict[str, Any]()
         if mask == "true":
             chosen = true_mask(len(shad))
         elif mask == "random":
@@ -253,7 +253,7 @@ class Materials:
             n_tokens=found.n_tokens,
             scores=found.scores,
             keep=found.keep,
-            channels={"reasoning": chosen.astype(np.float32), **channels},
+            channels={"reasoning": list(chosen.astype(np.float32)), **channels},
             meta={"method": mask},
         )
         return path
@@ -272,6 +272,7 @@ class Materials:
                 "seed": self.seed,
                 "init_from": str(self.base),
                 "data": {
+                    "tokenizer": {"name": "checkpoint", "add_eos": False},
                     "train": [{"source": source, "artifact": str(self.artifact(mask))}],
                     "evals": {},
                     "seq_len": LENGTH - 1,

@@ -51,6 +51,9 @@ def test_kept_examples_are_read_with_their_values(store, tmp_path):
     assert isinstance(found, AnnotatedStore)
     assert found.kept.tolist() == [0, 2, 5]
     assert (found.dropped, found.unknown, found.absent) == (1, 2, 0)
+    assert found.summary() == (
+        "the selection keeps 3 of 6 examples; 1 dropped by it; 2 that it does not name are left out"
+    )
     assert found.channels == ("place",)
     for i, own in enumerate([0, 2, 5]):
         np.testing.assert_array_equal(found.tokens(i), store.tokens(own))

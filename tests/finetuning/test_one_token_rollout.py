@@ -159,6 +159,19 @@ def test_draws_follow_the_distribution_and_leave_out_the_impossible():
     assert not shares[np.asarray(probs) == 0].any()
 
 
+def test_the_ends_of_the_uniform_numbers_draw_possible_ids(monkeypatch):
+    ends = jnp.array([0.0, 1 - 2**-24], jnp.float32)
+    monkeypatch.setattr(jax.random, "uniform", lambda *_: ends)
+    probs = jnp.array([[0.0, 0.5, 0.0, 0.25, 0.25, 0.0]])
+    assert draw(probs, 2, jax.random.split(KEY, 1)).tolist() == [[1, 4]]
+
+
+def test_like_positions_have_draws_of_their_own():
+    x, head = jnp.ones((2, 8, 4)), Head(jnp.zeros((8, 4)))
+    _, found = rollout_loss(SAMPLED, x, head, jnp.zeros((2, 8), jnp.int32), jnp.ones((2, 8)), KEY)
+    assert len(np.unique(found.hits)) > 2 and len(np.unique(found.hits, axis=0)) == 2
+
+
 def test_draws_depend_on_neither_chunks_nor_other_rows(monkeypatch):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(4, 6, 8)), jnp.float32)

@@ -159,6 +159,13 @@ def test_where_all_is_safe_the_loss_is_plain_sft_whatever_the_reference(params, 
     close(gradient, expected)
 
 
+def test_a_ratio_beyond_all_numbers_does_not_count_where_all_is_safe(params):
+    wild = jax.tree.map(lambda a: 30 * a, params)
+    (total, loss), gradient = graded(StarDSS(kl="k3"))(wild, params, rows(safety=1.0))
+    assert loss.metrics["nll"][0] / loss.weight > 200  # e^-r is infinite
+    assert np.isfinite(total) and all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_the_reference_nothing_safe_means_no_loss(params, kind):
     (total, loss), gradient = graded(StarDSS(kl=kind))(params, params, rows(safety=0.0))
@@ -478,7 +485,7 @@ def test_a_run_reads_the_channel_from_an_artifact(tmp_path, tiny_tree):
     loss, imitation, pull, safety = (
         np.array(table[name], float) for name in ("loss", "imitation", "pull", "safety")
     )
-    assert (0 < safety).all() and (safety < 1).all()
+    assert (safety > 0).all() and (safety < 1).all()
     # The first step starts at the reference; the pull comes with what the steps change.
     assert abs(pull[0]) < 1e-6 < pull[-1]
     np.testing.assert_allclose(loss, imitation + pull, rtol=1e-5)

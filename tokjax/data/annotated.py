@@ -74,6 +74,17 @@ class AnnotatedStore:
                 f"{int(self._artifact.n_tokens[row[i]])} there ({wrong.size} such examples)"
             )
 
+    def summary(self) -> str:
+        """Returns in words what was kept and what was not."""
+        told = f"the selection keeps {self.num_examples:,} of {self.store.num_examples:,} examples"
+        for count, what in (
+            (self.dropped, "dropped by it"),
+            (self.unknown, "that it does not name are left out"),
+            (self.absent, "that it names are not there"),
+        ):
+            told += f"; {count:,} {what}" if count else ""
+        return told
+
     @property
     def directory(self) -> Path:
         """Where the store lies; packing plans are kept there."""

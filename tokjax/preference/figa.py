@@ -175,6 +175,7 @@ class FIGA:
     """Signed weighted nll of a pair's edited tokens, averaged over tokens with a weight."""
 
     reads_pairs: ClassVar[bool] = True
+    evaluates: ClassVar[bool] = True
 
     # nll above which a bad token is pushed no further, in nats (0.6 is probability 0.55); with None
     # the loss has no lower bound

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tokjax.config import defaults_of
+from tokjax.data.annotated import AnnotatedStore
 from tokjax.data.batch import Batch
 from tokjax.data.feed import prefetch, to_device
 from tokjax.decoding.text import generate_text
@@ -479,6 +480,8 @@ def _data_warnings(run: Run) -> list[str]:
     stores = [(f"training source {i + 1}", s) for i, s in enumerate(run.stores)]
     stores += [(f"evaluation set {name!r}", s) for name, s in run.eval_stores.items()]
     for name, store in stores:
+        if isinstance(store, AnnotatedStore):
+            warnings.append(f"{name}: {store.summary()}")
         skipped = store.manifest["counts"]["skipped"]
         if skipped:
             listed = store.directory / "skipped.jsonl"
