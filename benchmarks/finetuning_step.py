@@ -6,7 +6,8 @@ Every method takes whole training steps (`make_train_step`: forward, backward, c
 the same Llama on the same batches, one step at a time in turns, so that whatever else the machine
 does hits all. The rows hold one sample each: a prompt of a quarter of its length and an answer.
 `--lengths=varied` draws lengths evenly from a quarter of the row to all of it, `full` fills every
-row, `packed` puts samples of an eighth to a half of the row side by side.
+row, `packed` puts samples of an eighth to a half of the row side by side. Methods of pairs take
+every second sample of a packed row as the rejected answer to the one before.
 
 Printed as JSON: seconds of a step (median), the median of the paired ratios to the first method
 with its quartiles, the same in seconds of all cores (which other programs disturb less), seconds
@@ -25,7 +26,18 @@ METHODS = {
     "next_token": {"name": "next_token"},
     "q_tuning_mask": {"name": "q_tuning"},
     "q_tuning_drop": {"name": "q_tuning", "mode": "drop"},
+    "rft": {"name": "sft", "weigher": {"name": "rft"}, "norm": "sequence"},
+    "dft": {"name": "sft", "weigher": {"name": "dft"}},
+    "one_token_rollout": {"name": "one_token_rollout"},
+    "one_token_rollout_exact": {"name": "one_token_rollout", "mode": "exact"},
+    "star_dss": {"name": "star_dss"},
+    "dpo": {"name": "dpo"},
+    "figa": {"name": "figa"},
+    "kto": {"name": "kto"},
 }
+
+SIGNED = ("dpo", "figa", "kto")  # methods that compare good with bad answers
+CHANNELS = ("reasoning", "safety")  # annotations that methods read
 
 
 def _arguments() -> argparse.Namespace:
@@ -86,7 +98,16 @@ def _batch(args, seed: int):
             ids[r, s] = r * most + s
             start += n
     rows = {name: jnp.asarray(values) for name, values in {**ints, "weights": weights}.items()}
-    return Batch(**rows, example_id=jnp.asarray(ids), channels={})
+    marks = {name: jnp.asarray(rng.random(shape) < 0.5, jnp.float32) for name in CHANNELS}
+    return Batch(**rows, example_id=jnp.asarray(ids), channels=marks)
+
+
+def _signed(batch):
+    """Returns the batch with negative weights on every second sample of a row."""
+    import jax.numpy as jnp
+
+    sign = jnp.where(batch.segment_ids % 2 == 1, 1.0, -1.0)
+    return batch.replace(weights=batch.weights * sign)
 
 
 def main() -> None:
@@ -114,6 +135,7 @@ def main() -> None:
     )
     model, optimizer = Transformer(config), AdamW(weight_decay=0.1).build(config)
     batches = [_batch(args, seed) for seed in range(4)]
+    signed = [_signed(batch) for batch in batches]
     options = json.loads(args.options)
     methods, compiled, states, compile_seconds = args.methods.split(","), {}, {}, {}
     for name in methods:
@@ -134,7 +156,8 @@ def main() -> None:
     for i in range(args.repeats + 2):
         for name in methods:
             began, cpu = time.perf_counter(), time.process_time()
-            states[name], metrics = compiled[name](states[name], batches[i % 4])
+            read = signed if name in SIGNED else batches
+            states[name], metrics = compiled[name](states[name], read[i % 4])
             jax.block_until_ready((states[name], metrics))
             wall, cpu = time.perf_counter() - began, time.process_time() - cpu
             if i >= 2:  # the first two warm caches and allocators
