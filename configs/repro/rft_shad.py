@@ -2,7 +2,10 @@
 
     python -m tokjax.reproduce rft_shad
 
-OUTCOME
+What came out is in docs/reproductions/rft_shad.json and .png: SHAD is wrong about 1.8 % of the
+tokens; after 500 steps the slots' loss is 0.464 with its labels and 0.463 with the true ones, 0.490
+under SFT and 0.501 with random labels. Fixed weights of one half give 0.422, at the cost of the
+template.
 
 Invented calls of a tool: a prompt names a task and four digits; the answer has 16 template words,
 in three fixed wordings, around four slots, which are the digits (copy) or sums of neighbours (sum,
@@ -102,7 +105,7 @@ def get_plan(scale: str) -> Comparison:
             Bars("template_nll", "loss of the template", "nats", ()),
         ),
         settings=settings,
-        seeds=(0, 1),
+        seeds=(0, 1, 2),
         notes=(
             "An item is a held-out question, or an example of the pool (errors of labels, without "
             "those that the copy was tuned on).",
