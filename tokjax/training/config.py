@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 from tokjax.config import Choice
 from tokjax.data.config import DataConfig
 from tokjax.errors import ConfigError
-from tokjax.finetuning import dft, one_token_rollout, q_tuning, rft, sft, star_dss
+from tokjax.finetuning import (
+    cat_attention,
+    dft,
+    one_token_rollout,
+    q_tuning,
+    rft,
+    sft,
+    star_dss,
+)
 from tokjax.models.config import ModelConfig
 from tokjax.parallel.mesh import MeshConfig
 from tokjax.preference import dpo, figa, kto
@@ -17,7 +25,10 @@ from tokjax.training.retention import CheckpointConfig
 from tokjax.verifiers import ExactMatch
 
 # Importing a method registers it.
-METHODS = (sft, rft, q_tuning, dft, one_token_rollout, star_dss, dpo, figa, kto)
+METHODS = (
+    *(sft, rft, q_tuning, dft, one_token_rollout, star_dss, cat_attention),
+    *(dpo, figa, kto),
+)
 
 __all__ = ["METHODS", "NextToken", "Patch", "SampleConfig", "StageConfig", "TrainConfig"]
 
