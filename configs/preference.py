@@ -5,7 +5,8 @@
 
 Each line is {"prompt": ..., "chosen": ..., "rejected": ...}; the answers (and the prompt) may be
 chats, lists of {"role", "content"}. `method=kto` reads {"prompt", "response", "label"} instead. The
-reference is the checkpoint itself, without the adapters.
+reference is the checkpoint itself, without the adapters. The file `artifact` holds token weights
+(cDPO, FIGA with `--config.objective='{"name": "figa"}'`, MR-ALIGN).
 """
 
 from ml_collections import ConfigDict
@@ -15,6 +16,7 @@ def get_config(
     checkpoint: str = "smollm2-135m",
     data: str = "pairs.jsonl",
     held_out: str = "",
+    artifact: str = "",
     method: str = "dpo",
     epochs: float = 1.0,
 ) -> ConfigDict:
@@ -27,7 +29,7 @@ def get_config(
             init_from=checkpoint,
             model=dict(lora=dict(rank=16, alpha=32.0)),
             data=dict(
-                train=[dict(source=source)],
+                train=[dict(source=source, artifact=artifact or None)],
                 evals=dict(held_out=dict(source, files=(held_out,))) if held_out else dict(),
                 seq_len=1024,
                 batch_size=4,

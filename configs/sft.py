@@ -6,8 +6,8 @@
 
 Each line is {"messages": [{"role": ..., "content": ...}, ...]}: the checkpoint's own chat template
 renders it, and only what the assistant says is trained on. `kind=response` reads {"prompt": ...,
-"response": ...} instead. The file
-`held_out` is evaluated.
+"response": ...} instead. The file `held_out` is evaluated; the selection `artifact` says which
+examples are kept and what their tokens weigh.
 """
 
 from ml_collections import ConfigDict
@@ -17,6 +17,7 @@ def get_config(
     checkpoint: str = "smollm2-135m",
     data: str = "chats.jsonl",
     held_out: str = "",
+    artifact: str = "",
     kind: str = "messages",
     lora: bool = True,
     epochs: float = 3.0,
@@ -29,7 +30,7 @@ def get_config(
             init_from=checkpoint,
             model=dict(lora=dict(rank=8, alpha=16.0)) if lora else dict(),
             data=dict(
-                train=[dict(source=source)],
+                train=[dict(source=source, artifact=artifact or None)],
                 evals=dict(held_out=dict(source, files=(held_out,))) if held_out else dict(),
                 seq_len=512,
                 batch_size=8,
