@@ -29,7 +29,7 @@ MODEL = Transformer(ModelConfig(vocab_size=24, d_model=16, n_layers=1, n_heads=2
 KEY = jax.random.key(0)
 EXACT, SAMPLED = OneTokenRollout(mode="exact"), OneTokenRollout(draws=8)
 
-# The card of the method: logits, their log-probabilities and the target.
+# A worked example: logits, their log-probabilities and the target.
 Z = jnp.array([[2.0, 1.0, 0.0, -1.0]])
 LOGP = np.array([-0.44019, -1.44019, -2.44019, -3.44019])
 Y = jnp.array([1])

@@ -112,7 +112,7 @@ def naive(kind, lam):
 
 
 def test_numbers_of_four_tokens(monkeypatch):
-    """The states are logits of two ids, so that the targets have the likelihoods of the card."""
+    """States are logits of two ids: the targets have the worked example's likelihoods."""
     nll, log_reference = np.array([1.0, 0.5, 0.3, 0.7]), np.array([-1.2, -0.4, -2.3, -3.0])
     states = lambda nll: jnp.stack([jnp.zeros(4), jnp.log(jnp.expm1(nll))], -1)[None]  # noqa: E731
     path = "tokjax.finetuning.star_dss"

@@ -1,4 +1,4 @@
-"""SHAD: the card's numbers, what is shuffled, and what identical copies say."""
+"""SHAD: worked numbers, what is shuffled, and what identical copies say."""
 
 import doctest
 import json

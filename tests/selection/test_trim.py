@@ -1,4 +1,4 @@
-"""TRIM: the card's numbers, its invariances, and scoring over a store."""
+"""TRIM: worked numbers, its invariances, and scoring over a store."""
 
 import jax
 import jax.numpy as jnp

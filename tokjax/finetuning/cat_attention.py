@@ -27,7 +27,7 @@ from tokjax.models.transformer import Transformer
 from tokjax.signals import weighted_nll
 from tokjax.signals.attention import head_mean
 from tokjax.signals.packed import packed_sums
-from tokjax.training.objective import Aux, Loss
+from tokjax.training.objective import Aux, Loss, PerToken
 from tokjax.training.passes import forward, plain_nll
 
 Penalty = Literal["hinge", "div", "div2", "nll"]
@@ -117,7 +117,7 @@ def penalty(
 
 @register("objective", "cat_attention")
 @dataclass(frozen=True)
-class CausalAttention:
+class CausalAttention(PerToken):
     """SFT, and beside it the mean penalty of annotated rows (equation of the paper's section 4).
 
     A row counts when it sees both causes and other tokens. Attention is averaged over layers and
@@ -139,11 +139,6 @@ class CausalAttention:
             raise ConfigError(f"gamma={self.gamma} must not be negative")
         if not 0 < self.decay <= 1:
             raise ConfigError(f"decay={self.decay} must be above 0 and at most 1")
-
-    @property
-    def tokens_per_position(self) -> int:
-        """One token a position."""
-        return 1
 
     def init(self, key: jax.Array, model: Transformer, params: Params) -> Aux:
         """Returns the current share of gamma."""

@@ -13,15 +13,13 @@ from jaxtyping import Array, Float
 
 from tokjax.config import register
 from tokjax.data.batch import Batch
-from tokjax.models.parameters import Params
-from tokjax.models.transformer import Transformer
-from tokjax.training.objective import Aux, Ratio
+from tokjax.training.objective import Aux, Ratio, WithoutState
 from tokjax.training.passes import Stats
 
 
 @register("weigher", "dft")
 @dataclass(frozen=True)
-class DFT:
+class DFT(WithoutState):
     """The target's probability under the model, a constant of the gradient.
 
     The gradient of -p log p with p held is that of -p: the expected reward of one draw that is
@@ -32,10 +30,6 @@ class DFT:
     def want(self) -> Collection[str]:
         """The targets' log-likelihood."""
         return ("logprob",)
-
-    def init(self, key: jax.Array, model: Transformer, params: Params) -> Aux:
-        """Returns nothing: there is no state."""
-        return ()
 
     def weights(
         self, stats: Stats, batch: Batch, aux: Aux, key: jax.Array

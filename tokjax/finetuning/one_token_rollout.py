@@ -25,7 +25,7 @@ from tokjax.models.head import Head, logits, logits_vjp
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
 from tokjax.signals.vocabulary import chunk_size, flat, from_chunks, in_chunks, per_shard
-from tokjax.training.objective import Aux, Loss
+from tokjax.training.objective import Aux, Loss, PerToken, WithoutState
 from tokjax.training.passes import forward, plain_nll
 
 
@@ -48,7 +48,7 @@ class Positions:
 
 @register("objective", "one_token_rollout")
 @dataclass(frozen=True)
-class OneTokenRollout:
+class OneTokenRollout(PerToken, WithoutState):
     """-(1/K) sum R(a) log pi(a) over K draws a at each target; R is 1 for the target, else beta.
 
     A target weighs by how often the model proposes it, and what it proposes instead is pushed down
@@ -79,15 +79,6 @@ class OneTokenRollout:
             value, choices = getattr(self, name), typing.get_args(hint)
             if choices and value not in choices:
                 raise ConfigError(f"unknown {name}={value!r}.{nearest(str(value), choices)}")
-
-    @property
-    def tokens_per_position(self) -> int:
-        """One token a position."""
-        return 1
-
-    def init(self, key: jax.Array, model: Transformer, params: Params) -> Aux:
-        """Returns nothing: there is no state."""
-        return ()
 
     def loss(
         self, model: Transformer, params: Params, aux: Aux, batch: Batch, key: jax.Array

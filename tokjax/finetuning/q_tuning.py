@@ -33,7 +33,7 @@ from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
 from tokjax.signals import weighted_nll
 from tokjax.signals.packed import packed_means, packed_spread
-from tokjax.training.objective import Aux, Loss, Ratio
+from tokjax.training.objective import Aux, Loss, PerToken, Ratio, WithoutState
 
 
 @struct.dataclass
@@ -51,7 +51,7 @@ class Decisions:
 
 @register("objective", "q_tuning")
 @dataclass(frozen=True)
-class QTuning:
+class QTuning(PerToken, WithoutState):
     """Mean loss of the kept tokens of the kept samples; see `tokjax.finetuning.quadrants`.
 
     A sample is a segment of a row. The statistics are those of the current parameters, and the
@@ -99,15 +99,6 @@ class QTuning:
     def relative_cost(self) -> float:
         """A pass forth, and with "drop" at most the kept samples' share of one forth and back."""
         return 1.0 if self.mode == "mask" else 1 / 3 + self.sample_ratio
-
-    @property
-    def tokens_per_position(self) -> int:
-        """One token a position."""
-        return 1
-
-    def init(self, key: jax.Array, model: Transformer, params: Params) -> Aux:
-        """Returns nothing: there is no state."""
-        return ()
 
     def decide(self, stats: Stats, batch: Batch) -> Decisions:
         """Returns what to keep, from each target's `nll` and `entropy`."""

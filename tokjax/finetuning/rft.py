@@ -15,10 +15,8 @@ from jaxtyping import Array, Bool, Float
 from tokjax.config import register
 from tokjax.data.batch import Batch
 from tokjax.errors import ConfigError
-from tokjax.models.parameters import Params
-from tokjax.models.transformer import Transformer
 from tokjax.signals.packed import packed_means, packed_spread
-from tokjax.training.objective import Aux, Ratio
+from tokjax.training.objective import Aux, Ratio, WithoutState
 from tokjax.training.passes import Stats
 
 
@@ -47,7 +45,7 @@ def group_weights(
 
 @register("weigher", "rft")
 @dataclass(frozen=True)
-class RFT:
+class RFT(WithoutState):
     """Group weights by a softmax of the groups' current losses (equation 4 of the paper).
 
     The channel says which targets are reasoning (not 0); the others are boilerplate. Take it with
@@ -68,10 +66,6 @@ class RFT:
     def want(self) -> Collection[str]:
         """The targets' nll."""
         return ("nll",)
-
-    def init(self, key: jax.Array, model: Transformer, params: Params) -> Aux:
-        """Returns nothing: there is no state."""
-        return ()
 
     def weights(
         self, stats: Stats, batch: Batch, aux: Aux, key: jax.Array

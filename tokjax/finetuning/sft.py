@@ -19,7 +19,7 @@ from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
 from tokjax.signals import weighted_nll
 from tokjax.signals.packed import packed_means, packed_sums
-from tokjax.training.objective import Aux, Loss, Ratio
+from tokjax.training.objective import Aux, Loss, PerToken, Ratio, WithoutState
 from tokjax.training.passes import Stats, forward, plain_nll, target_stats
 
 Norm = Literal["token", "kept", "sequence"]
@@ -49,16 +49,12 @@ class Weigher(Protocol):
 
 @register("weigher", "uniform")
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(WithoutState):
     """Every target weighs what the data say: plain SFT."""
 
     @property
     def want(self) -> Collection[str]:
         """Nothing is needed."""
-        return ()
-
-    def init(self, key: jax.Array, model: Transformer, params: Params) -> Aux:
-        """Returns nothing: there is no state."""
         return ()
 
     def weights(
@@ -70,18 +66,13 @@ class Uniform:
 
 @register("objective", "sft")
 @dataclass(frozen=True)
-class SFT:
+class SFT(PerToken):
     """Weighted negative log-likelihood of the targets, with weights by a method."""
 
     weigher: Annotated[Any, Choice("weigher")] = Uniform()  # what every target weighs
     # what the weighted sum is divided by: the data's weights; those of the targets that the method
     # keeps; or each sample's own weights, and then the number of samples
     norm: Norm = "token"
-
-    @property
-    def tokens_per_position(self) -> int:
-        """One token a position."""
-        return 1
 
     def init(self, key: jax.Array, model: Transformer, params: Params) -> Aux:
         """Returns the weigher's state."""

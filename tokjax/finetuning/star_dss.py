@@ -21,7 +21,7 @@ from tokjax.finetuning.sft import loss_weights
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
 from tokjax.signals import token_stats
-from tokjax.training.objective import Aux, Loss
+from tokjax.training.objective import Aux, Loss, PerToken
 from tokjax.training.passes import forward, plain_nll
 from tokjax.training.reference import init_reference, reference_pass
 
@@ -30,7 +30,7 @@ _ESTIMATORS = ("k1", "k2", "k3")
 
 @register("objective", "star_dss")
 @dataclass(frozen=True)
-class StarDSS:
+class StarDSS(PerToken):
     """V nll + (1 - V) lambda KL(pi || pi_ref) of each target, where V says how safe it is.
 
     V is the batch's channel, in [0, 1], a constant. One value for a whole answer is static shaping:
@@ -57,11 +57,6 @@ class StarDSS:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"unknown {name}={value!r}.{nearest(str(value), choices)}")
-
-    @property
-    def tokens_per_position(self) -> int:
-        """One token a position."""
-        return 1
 
     def init(self, key: jax.Array, model: Transformer, params: Params) -> Aux:
         """Returns the reference."""

@@ -20,7 +20,7 @@ from tokjax.data.batch import Batch
 from tokjax.errors import ConfigError
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
-from tokjax.training.objective import Aux, Loss, Ratio
+from tokjax.training.objective import Aux, Loss, PerToken, Ratio
 from tokjax.training.reference import (
     LogRatios,
     init_reference,
@@ -59,7 +59,7 @@ def pair_loss(
 
 @register("objective", "dpo")
 @dataclass(frozen=True)
-class DPO:
+class DPO(PerToken):
     """The loss of pairs of answers, averaged over pairs (or over positions).
 
     The reference is the model before this stage: with adapters the model without them, which costs
@@ -90,11 +90,6 @@ class DPO:
             raise ConfigError(f"label_smoothing has no meaning for kind={self.kind!r}")
         if self.sft_weight < 0:
             raise ConfigError(f"sft_weight={self.sft_weight} must not be negative")
-
-    @property
-    def tokens_per_position(self) -> int:
-        """One token a position."""
-        return 1
 
     def init(self, key: jax.Array, model: Transformer, params: Params) -> Aux:
         """Returns the reference."""

@@ -32,7 +32,7 @@ from tokjax.preference.token_weights import (
     require_pairs,
 )
 from tokjax.signals import token_stats
-from tokjax.training.objective import Aux, Loss
+from tokjax.training.objective import Aux, Loss, PerToken
 from tokjax.training.passes import forward
 
 Ids = Sequence[int] | Shaped[np.ndarray, "n"]
@@ -171,7 +171,7 @@ def gated_weights(
 
 @register("objective", "figa")
 @dataclass(frozen=True)
-class FIGA:
+class FIGA(PerToken):
     """Signed weighted nll of a pair's edited tokens, averaged over tokens with a weight."""
 
     reads_pairs: ClassVar[bool] = True
@@ -184,11 +184,6 @@ class FIGA:
     def __post_init__(self):
         if self.gate is not None and not self.gate >= 0:
             raise ConfigError(f"gate={self.gate} must not be negative; None takes no bound")
-
-    @property
-    def tokens_per_position(self) -> int:
-        """One token a position."""
-        return 1
 
     def init(self, key: jax.Array, model: Transformer, params: Params) -> Aux:
         """Returns no state."""

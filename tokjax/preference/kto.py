@@ -18,7 +18,7 @@ from tokjax.errors import ConfigError
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
 from tokjax.signals.packed import packed_sums
-from tokjax.training.objective import Aux, Loss
+from tokjax.training.objective import Aux, Loss, PerToken
 from tokjax.training.reference import init_reference, log_ratios, sample_sums
 
 
@@ -50,7 +50,7 @@ def kto_loss(
 
 @register("objective", "kto")
 @dataclass(frozen=True)
-class KTO:
+class KTO(PerToken):
     """The loss of rated answers, averaged over answers.
 
     Bad answers are those whose targets weigh below 0 (source kind "rated"). z0 is the mean
@@ -76,11 +76,6 @@ class KTO:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.kl_decay < 1:
             raise ConfigError(f"kl_decay={self.kl_decay} must be at least 0 and below 1")
-
-    @property
-    def tokens_per_position(self) -> int:
-        """One token a position."""
-        return 1
 
     def init(self, key: jax.Array, model: Transformer, params: Params) -> Aux:
         """Returns the reference, and z0's moving average."""

@@ -10,12 +10,12 @@ from tokjax.errors import ConfigError
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
 from tokjax.signals import weighted_nll
-from tokjax.training.objective import Aux, Loss
+from tokjax.training.objective import Aux, Loss, PerToken, WithoutState
 
 
 @register("objective", "next_token")
 @dataclass(frozen=True)
-class NextToken:
+class NextToken(PerToken, WithoutState):
     """Weighted negative log-likelihood of the next token, averaged over the weights."""
 
     z_loss: float = 0.0  # coefficient of the squared log-sum-exp of the logits
@@ -23,15 +23,6 @@ class NextToken:
     def __post_init__(self):
         if self.z_loss < 0:
             raise ConfigError(f"z_loss={self.z_loss} must not be negative")
-
-    @property
-    def tokens_per_position(self) -> int:
-        """One token a position."""
-        return 1
-
-    def init(self, key: jax.Array, model: Transformer, params: Params) -> Aux:
-        """Returns nothing: there is no state."""
-        return ()
 
     def loss(
         self, model: Transformer, params: Params, aux: Aux, batch: Batch, key: jax.Array

@@ -58,3 +58,20 @@ class Objective(Protocol):
     ) -> Loss:
         """Returns the loss of a micro-batch as sums."""
         ...
+
+
+class PerToken:
+    """An objective whose positions each consume one data token."""
+
+    @property
+    def tokens_per_position(self) -> int:
+        """One token a position."""
+        return 1
+
+
+class WithoutState:
+    """An objective, or a part of one, that carries nothing from step to step."""
+
+    def init(self, key: jax.Array, model: Transformer, params: Params) -> Aux:
+        """Returns nothing: there is no state."""
+        return ()

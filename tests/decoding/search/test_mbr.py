@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from tokjax.decoding.search import bleu, chrf, exact_match, mbr, pairwise, unigram_f1, vote
 from tokjax.errors import ConfigError, DataError
 
-CARD = [text.split() for text in ("a b c", "a b d", "a b", "x y")]
+WORKED = [text.split() for text in ("a b c", "a b d", "a b", "x y")]
 INSTALLED = importlib.util.find_spec("sacrebleu") is not None
 
 
 def test_the_most_central_candidate_is_chosen_itself_included():
-    found = mbr(CARD, unigram_f1)
+    found = mbr(WORKED, unigram_f1)
     np.testing.assert_allclose(found.expected, [0.6167, 0.6167, 0.65, 0.25], atol=5e-5)
     assert found.index == 2
 
@@ -49,21 +49,21 @@ def test_equal_candidates_go_to_the_earliest_whatever_the_rounding():
 
 
 def test_weights_stand_for_repeated_references():
-    weighted = mbr(CARD, unigram_f1, weights=[1, 0, 0, 3])
-    repeated = mbr(CARD, unigram_f1, references=[CARD[0], CARD[3], CARD[3], CARD[3]])
+    weighted = mbr(WORKED, unigram_f1, weights=[1, 0, 0, 3])
+    repeated = mbr(WORKED, unigram_f1, references=[WORKED[0], WORKED[3], WORKED[3], WORKED[3]])
     np.testing.assert_allclose(weighted.expected, repeated.expected)
     assert weighted.index == 3
-    np.testing.assert_allclose(mbr(CARD, unigram_f1, weights=[5] * 4).expected[2], 0.65)
+    np.testing.assert_allclose(mbr(WORKED, unigram_f1, weights=[5] * 4).expected[2], 0.65)
 
 
 def test_nonsense_is_refused():
     for weights in ([1, 1], [0] * 4, [1, 1, 1, -1], [1, 1, 1, np.nan]):
         with pytest.raises(ConfigError, match="must be 4 numbers, 0 or more and not all 0"):
-            mbr(CARD, unigram_f1, weights=weights)
+            mbr(WORKED, unigram_f1, weights=weights)
     with pytest.raises(ConfigError, match="give one candidate or more"):
         mbr([], unigram_f1)
     with pytest.raises(DataError, match="instead of 4 x 4 finite numbers"):
-        mbr(CARD, lambda h, r: np.full((4, 4), np.nan))
+        mbr(WORKED, lambda h, r: np.full((4, 4), np.nan))
 
 
 @pytest.mark.skipif(INSTALLED, reason="sacrebleu is installed")

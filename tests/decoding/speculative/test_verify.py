@@ -19,7 +19,7 @@ from tokjax.decoding.speculative import (
 from tokjax.errors import ConfigError
 
 RUNS = 40_000
-# The numbers of the Persona-judge card.
+# Worked numbers of Persona-judge.
 P, Q = [0.5, 0.3, 0.15, 0.05], [0.2, 0.4, 0.3, 0.1]
 # Those of grouped acceptance, with groups {0, 1}, {2, 3}, {4}.
 GP, GQ = [0.30, 0.25, 0.20, 0.15, 0.10], [0.10, 0.35, 0.15, 0.30, 0.10]
