@@ -88,7 +88,7 @@ def select(args: cli.Arguments, method: Any) -> str:
     import tokjax
     from tokjax.config import to_dict
     from tokjax.data.artifact import write_artifact
-    from tokjax.decoding.budget.resume import sampled_digest
+    from tokjax.models.digests import sampled_digest
     from tokjax.selection.report import Selection, length_correlation, write_report
     from tokjax.selection.scoring import (
         PoolSelector,

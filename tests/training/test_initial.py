@@ -14,6 +14,7 @@ from tokjax.errors import CheckpointError, ConfigError
 from tokjax.export import main as export
 from tokjax.language_model import LanguageModel
 from tokjax.models import ModelConfig, Transformer, lora
+from tokjax.training.answers import evaluate_answers
 from tokjax.training.config import TrainConfig
 from tokjax.training.loop import train
 from tokjax.training.run import build_run
@@ -199,6 +200,16 @@ def test_answers_are_written_and_judged(tree, tmp_path):
     assert np.mean([x["score"] for x in lines]) == pytest.approx(accuracy)
     right = [x for x in lines if x["answer"].strip() == x["reference"]]
     assert len(right) == sum(x["score"] for x in lines) > 3
+
+
+def test_only_sets_with_prompts_are_asked(tree, records):
+    held = {"name": "jsonl", "files": (str(records),), "kind": "response"}
+    texts = {"name": "text", "files": (str(records),), "per": "line"}
+    settings = {"answers": {"max_examples": 3, "max_new_tokens": 4}}
+    run = built(tree(evaluation=settings, data__evals={"held": held, "texts": texts}))
+    found, told = evaluate_answers(run, run.initial_params())
+    assert list(found) == ["eval/held/accuracy"]
+    assert [a.reference for a in told["held"]] == ["0", "1", "2"]
 
 
 def test_exported_adapters_are_merged(tree, tmp_path):

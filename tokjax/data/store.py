@@ -123,7 +123,7 @@ class TokenStore:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """Names of what is known of each token besides its weight: nothing; see `Annotated`."""
+        """Names of what else is known of each token: nothing; see `AnnotatedStore`."""
         return ()
 
     def channel(

@@ -18,7 +18,7 @@ from tokjax.data.batch import Batch
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
 from tokjax.signals import weighted_nll
-from tokjax.signals.packed import packed_means, packed_sums
+from tokjax.signals.packed import packed_sums
 from tokjax.training.objective import Aux, Loss, PerToken, Ratio, WithoutState
 from tokjax.training.passes import Stats, forward, plain_nll, target_stats
 
@@ -117,8 +117,3 @@ def loss_weights(
         )
     counted = batch.weights if norm == "token" else jnp.where(factors == 0, 0.0, batch.weights)
     return weights, jnp.abs(counted).sum()
-
-
-def sample_nll(nll: Float[Array, "B T"], batch: Batch) -> tuple[Array, Array]:
-    """Returns each sample's mean nll over its targets, [B, S], and its weight."""
-    return packed_means(nll, jnp.abs(batch.weights), batch.segment_ids, batch.example_id.shape[1])

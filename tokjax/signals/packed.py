@@ -4,7 +4,6 @@ A sample is a segment of a row (`Batch.segment_ids`: 1 to S, 0 is filling); what
 samples has the shape [B, S], with sample s of a row in column s - 1.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -46,10 +45,3 @@ def packed_means(
     weight = packed_sums(weights, segment_ids, num)
     total = packed_sums(jnp.where(weights == 0, 0.0, values * weights), segment_ids, num)
     return jnp.where(weight == 0, 0.0, total / jnp.where(weight == 0, 1.0, weight)), weight
-
-
-def samples_with_weight(
-    weights: Float[Array, "B T"], segment_ids: Int[Array, "B T"], num: int
-) -> jax.Array:
-    """Returns which samples have a target that counts, Bool[B, S]."""
-    return packed_sums((weights != 0).astype(jnp.float32), segment_ids, num) > 0

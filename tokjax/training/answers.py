@@ -108,7 +108,9 @@ def evaluate_answers(run: Run, params: Any) -> tuple[dict[str, float], dict[str,
         return {}, {}
     params = jax.block_until_ready(params)
     for name, store in run.eval_stores.items():
-        if store.has_pairs or not (asked := questions(store, config.max_examples)):
+        if store.has_pairs or not store.has_weights:  # pairs, or texts without prompts
+            continue
+        if not (asked := questions(store, config.max_examples)):
             continue
         told[name] = answer_all(run, params, asked)
         found[f"eval/{name}/accuracy"] = accuracy(told[name])

@@ -1,6 +1,5 @@
 """The state of a length predictor's training in a file, from which it goes on exactly."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,24 +17,6 @@ from tokjax.files import storage_errors, write_atomically
 _METADATA = "tokjax_length_training"
 _LOSSES = "losses"
 _REMEDY = "Free space or name a writable place; what was written before is intact."
-
-
-def digest(*arrays: Any) -> str:
-    """Returns a digest of arrays: their shapes, types and values."""
-    found = hashlib.sha256()
-    for array in arrays:
-        value = np.ascontiguousarray(array)
-        found.update(f"{value.shape}{value.dtype}".encode())
-        found.update(value.tobytes())
-    return found.hexdigest()[:16]
-
-
-def sampled_digest(tree: Any) -> str:
-    """Returns a digest of each leaf's shape and first row's first values: cheap for any model."""
-    leaves = jax.tree.leaves(tree)
-    firsts = [leaf[(0,) * (leaf.ndim - 1)][:16] if leaf.ndim else leaf for leaf in leaves]
-    shapes = np.frombuffer(json.dumps([leaf.shape for leaf in leaves]).encode(), np.uint8)
-    return digest(shapes, *(np.asarray(first, np.float32) for first in jax.device_get(firsts)))
 
 
 def write_state(

@@ -24,8 +24,9 @@ from tokjax.decoding.budget.batches import (
 )
 from tokjax.decoding.budget.gamma import gamma_nll
 from tokjax.decoding.budget.predictor import LengthPredictor
-from tokjax.decoding.budget.resume import digest, read_state, sampled_digest, write_state
+from tokjax.decoding.budget.resume import read_state, write_state
 from tokjax.errors import ConfigError, NonFiniteError
+from tokjax.models.digests import digest, sampled_digest
 from tokjax.models.transformer import Transformer
 from tokjax.training.optimizers import Constant
 from tokjax.training.progress import Progress
