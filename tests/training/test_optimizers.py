@@ -56,7 +56,7 @@ def first_update(optimizer, params, gradient):
 
 
 def test_decay_mask_leaves_out_norms_and_biases():
-    every, matrices = by_path(decay_mask(CONFIG, True)), by_path(decay_mask(CONFIG, False))
+    every, matrices = (by_path(decay_mask(CONFIG, e)({})) for e in (True, False))
     assert {p for p, kept in every.items() if not kept} == {
         "norm",
         "layers/attention/norm",
@@ -71,7 +71,7 @@ def test_decay_mask_leaves_out_norms_and_biases():
 def test_weight_decay_shrinks_exactly_what_the_mask_names(params, kind, embeddings):
     optimizer = kind(weight_decay=0.25, decay_embeddings=embeddings)
     updates = first_update(optimizer, params, jax.tree.map(jnp.zeros_like, params))
-    mask = by_path(decay_mask(CONFIG, embeddings))
+    mask = by_path(decay_mask(CONFIG, embeddings)({}))
     for path, p in by_path(params).items():
         expected = -0.25 * p if mask[path] else jnp.zeros_like(p)
         np.testing.assert_allclose(updates[path], expected, rtol=1e-6, err_msg=path)
@@ -80,7 +80,7 @@ def test_weight_decay_shrinks_exactly_what_the_mask_names(params, kind, embeddin
 def test_muons_two_weight_decays_spare_norms_and_biases(params):
     optimizer = Muon(weight_decay=0.25, adam_weight_decay=0.5, adam_lr_ratio=0.1)
     updates = first_update(optimizer, params, jax.tree.map(jnp.zeros_like, params))
-    mask = by_path(decay_mask(CONFIG, True))
+    mask = by_path(decay_mask(CONFIG, True)({}))
     for path, p in by_path(params).items():
         rate = 0.0 if not mask[path] else 0.05 if path in TABLES else 0.25
         np.testing.assert_allclose(updates[path], -rate * p, rtol=1e-5, err_msg=path)

@@ -25,7 +25,7 @@ def evaluate(run: Run, params: Any, max_batches: int | None, aux: Any = ()) -> d
 
     Bits per byte are given where the whole set was read without weights; unlike the loss they
     compare models with different tokenizers. Where the run's last objective evaluates, as those of
-    preferences do, its loss and metrics are returned instead.
+    preferences do, its loss and those of its metrics that the set has are returned instead.
 
     Args:
         run: whose evaluation sets are read.
@@ -49,7 +49,10 @@ def evaluate(run: Run, params: Any, max_batches: int | None, aux: Any = ()) -> d
                 sums.add(step(params, aux if own else (), batch))
         means = sums.means()
         if own:
-            found |= {f"eval/{name}/{metric}": value for metric, value in means.items()}
+            # A set may have nothing that a metric is of, such as bad answers.
+            for metric, (_, weight) in sums.totals().items():
+                if weight or metric == "loss":
+                    found[f"eval/{name}/{metric}"] = means[metric]
             continue
         loss = means["loss"]
         found[f"eval/{name}/loss"] = loss

@@ -15,6 +15,7 @@ from tokjax.data.batch import Batch
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
 
+HEADS = "heads"  # the key of an objective's own parameters among those that are trained
 Aux = Any  # extra trainable or running state of an objective; () when it has none
 Ratio = tuple[Float[Array, ""], Float[Array, ""]]
 
@@ -42,6 +43,10 @@ class Objective(Protocol):
     Three more attributes are read where an objective has them: `reads_pairs` (it takes pairs of
     answers and nothing else), `evaluates` (held-out data are evaluated by it, not by the next-token
     loss) and `relative_cost` (model FLOPs of a step over those of next-token prediction).
+
+    An objective with parameters of its own (a head of values or scores) has the method
+    `init_heads(key, model) -> dict`: they are trained beside the model's by the same optimiser,
+    kept in checkpoints, and given to `loss` as `params["heads"]`.
     """
 
     @property
@@ -58,6 +63,18 @@ class Objective(Protocol):
     ) -> Loss:
         """Returns the loss of a micro-batch as sums."""
         ...
+
+
+def init_heads(objective: Objective, key: jax.Array, model: Transformer) -> dict[str, Any]:
+    """Returns the objective's own parameters as a part of those that are trained, or nothing.
+
+    Args:
+        objective: of a stage.
+        key: of random values.
+        model: that they are trained beside.
+    """
+    make = getattr(objective, "init_heads", None)
+    return {} if make is None else {HEADS: make(key, model)}
 
 
 class PerToken:

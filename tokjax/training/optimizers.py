@@ -18,22 +18,42 @@ from tokjax.config import register
 from tokjax.errors import ConfigError
 from tokjax.models import lora, parameters
 from tokjax.models.config import ModelConfig
+from tokjax.training.objective import HEADS
 
 
-def decay_mask(config: ModelConfig, embeddings: bool) -> Any:
-    """Returns which parameters weight decay applies to: matrices, embeddings if asked for."""
-    return of_trained(config, lambda path, p, stacked: len(p.shape) > 1 and (stacked or embeddings))
+def decay_mask(config: ModelConfig, embeddings: bool) -> Callable[[Any], Any]:
+    """Returns the function of the trained parameters that says which ones weight decay applies to.
+
+    To matrices, those of an objective's heads included, and to embeddings if asked for.
+    """
+
+    def decays(path: str, p: Any, stacked: int) -> bool:
+        return len(p.shape) > 1 and bool(stacked or embeddings or path.startswith(HEADS))
+
+    return of_trained(config, decays)
 
 
-def of_trained(config: ModelConfig, function: Callable[..., Any]) -> Any:
-    """Returns a value for each parameter that is trained: of a model with adapters, only those.
+def of_trained(config: ModelConfig, function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Returns the function that gives a value to each trained parameter.
+
+    Those are the model's (of a model with adapters, the adapters) and, where the objective has
+    some, its heads'.
 
     Args:
         config: of the model.
-        function: see `parameters.map_table`.
+        function: see `parameters.map_table`; it is also asked for arrays of heads.
     """
     values = parameters.map_table(config, function)
-    return values if config.lora is None else lora.split(values)[1]
+    if config.lora is not None:
+        values = lora.split(values)[1]
+
+    def of(params: Any) -> Any:
+        if HEADS not in params:
+            return values
+        of_head = jax.tree.map(lambda leaf: function(HEADS, leaf, 0), params[HEADS])
+        return {**values, HEADS: of_head}
+
+    return of
 
 
 class Optimizer(Protocol):

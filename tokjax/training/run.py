@@ -1,6 +1,7 @@
 """A run, built from its configuration: tokenizer, data, model, stages. No state yet."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +29,7 @@ from tokjax.parallel.rules import BATCH_AXES
 from tokjax.training.config import TrainConfig
 from tokjax.training.initial import Initial, adopt_model, adopt_tokenizer, find_initial
 from tokjax.training.objective import Objective
-from tokjax.training.state import TrainState, init_state, state_shardings
+from tokjax.training.state import TrainState, init_state, state_shardings, whole, with_heads
 from tokjax.training.step import StepConfig, make_train_step
 
 
@@ -336,6 +337,13 @@ def _lay_out_stages(config: TrainConfig, stores: tuple[Any, ...]) -> tuple[Stage
             )
         stages.append(Stage(_name(objective), objective, first, steps, stage.keep_optimizer))
         first += steps
+    for before, stage in itertools.pairwise(stages):
+        owns = [hasattr(each.objective, "init_heads") for each in (before, stage)]
+        if stage.keep_optimizer and any(owns):
+            raise ConfigError(
+                f"the stage {stage.name!r} cannot keep the optimiser's moments of {before.name!r}: "
+                f"an objective's heads start afresh; set its keep_optimizer=False"
+            )
     if first >= 2**31:
         raise ConfigError(f"the run would take {first:,} steps, more than the step counter holds")
     return tuple(stages)
@@ -346,8 +354,13 @@ def _name(objective: Any) -> str:
 
 
 def reset_for_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
-    """Returns the state with the optimiser and the objective's state started afresh (pure)."""
+    """Returns the state with the optimiser and what is the objective's started afresh (pure)."""
     key = jax.random.fold_in(state.key, stage.first_step)
-    opt_state = state.opt_state if stage.keep_optimizer else run.optimizer.init(state.params)
-    aux = stage.objective.init(key, run.model, state.whole)
-    return dataclasses.replace(state, opt_state=opt_state, aux=aux)
+    head_key = jax.random.fold_in(key, 1)
+    params = with_heads(state.params, stage.objective, head_key, run.model)
+    ema = state.ema
+    if ema is not None:
+        ema = with_heads(ema, stage.objective, head_key, run.model)
+    opt_state = state.opt_state if stage.keep_optimizer else run.optimizer.init(params)
+    aux = stage.objective.init(key, run.model, whole(state.frozen, params))
+    return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema, aux=aux)

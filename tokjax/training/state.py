@@ -13,7 +13,7 @@ from tokjax import struct
 from tokjax.models import lora, parameters
 from tokjax.models.transformer import Transformer
 from tokjax.parallel.rules import parameter_shardings
-from tokjax.training.objective import Aux, Objective
+from tokjax.training.objective import HEADS, Aux, Objective, init_heads
 
 
 @struct.dataclass
@@ -22,7 +22,8 @@ class TrainState:
 
     Attributes:
         step: steps done.
-        params: the parameters that are trained: all, or the adapters of a model that has them.
+        params: the parameters that are trained: all, or the adapters of a model that has them;
+            and under `heads` those of the objective, if it has any.
         opt_state: the optimiser's state.
         aux: the objective's own state.
         ema: exponential moving average of the parameters, in float32 whatever their type (a
@@ -47,8 +48,20 @@ class TrainState:
 
 
 def whole(frozen: Any, trained: Any) -> Any:
-    """Returns all parameters of a model, of which some are frozen or, with (), none."""
-    return lora.join(frozen, trained) if frozen else trained
+    """Returns all parameters of a model, of which some are frozen or, with (), none.
+
+    Heads of an objective stay beside them.
+    """
+    if not frozen:
+        return trained
+    heads = {HEADS: trained[HEADS]} if HEADS in trained else {}
+    return lora.join(frozen, trained) | heads
+
+
+def with_heads(params: Any, objective: Objective, key: jax.Array, model: Transformer) -> Any:
+    """Returns trained parameters with fresh heads of an objective in the place of any others."""
+    own = {name: value for name, value in params.items() if name != HEADS}
+    return own | init_heads(objective, key, model)
 
 
 def init_state(
@@ -70,10 +83,12 @@ def init_state(
         initial: parameters to start with, without adapters; None draws them.
     """
     init_key, aux_key, run_key = jax.random.split(jax.random.key(seed), 3)
+    head_key = jax.random.fold_in(aux_key, 1)
     params, frozen = model.init(init_key) if initial is None else initial, ()
     if model.config.lora is not None:
         frozen = lora.split(params)[0]
         params = lora.split(model.init(init_key))[1]  # what is not used of it is not computed
+    params = with_heads(params, objective, head_key, model)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -93,7 +108,7 @@ def state_shardings(state: TrainState, model: Transformer, mesh: Mesh) -> TrainS
     else is replicated.
     """
     axes = parameters.logical_axes(model.config)
-    shapes = jax.eval_shape(lambda: state.whole)
+    shapes = jax.eval_shape(lambda: {k: v for k, v in state.whole.items() if k != HEADS})
     shardings = parameter_shardings(axes, shapes, mesh)
     by_path = {
         jax.tree_util.keystr(path): (leaf.shape, sharding)

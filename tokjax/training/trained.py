@@ -1,7 +1,7 @@
 """The model that a run has trained, for use without the run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tokjax.parallel.rules import parameter_shardings
 from tokjax.training.checkpoints import Checkpointer
 from tokjax.training.config import TrainConfig
 from tokjax.training.initial import find_initial
+from tokjax.training.objective import HEADS, init_heads
 from tokjax.training.run_facts import RUN_FILE, read_run
 
 
@@ -32,6 +33,7 @@ class Trained:
         tokenizer: the run's.
         add_bos: whether its sequences began with the BOS id.
         step: of the checkpoint.
+        heads: the last objective's own parameters; {} where it has none.
     """
 
     model: Transformer
@@ -39,6 +41,7 @@ class Trained:
     tokenizer: Tokenizer
     add_bos: bool
     step: int
+    heads: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def load_trained(workdir: Path, *, mesh: Mesh | None = None) -> Trained:
         )
     adapted = model.config.lora is not None
     kept = lora.split(whole)[1] if adapted else whole
+    last, key = config.stage_list[-1].objective, jax.random.key(0)
+    kept = {**kept, **jax.eval_shape(lambda key: init_heads(last, key, model), key)}
     with Checkpointer(
         Path(workdir) / "checkpoints", config.checkpoints, identity={}, read_only=True
     ) as checkpoints:
@@ -108,10 +113,12 @@ def load_trained(workdir: Path, *, mesh: Mesh | None = None) -> Trained:
             f"of the standard library differs between Python versions): use the machine or the "
             f"cache it was trained with"
         )
-    params = restored.state[part]
+    params = dict(restored.state[part])
+    heads = params.pop(HEADS, {})
     if adapted:
         params = lora.join(_frozen(workdir, config, restored.metadata, model, mesh), params)
-    return Trained(model, params, tokenizer, config.data.tokenizer.add_bos, int(restored.step))
+    add_bos = config.data.tokenizer.add_bos
+    return Trained(model, params, tokenizer, add_bos, int(restored.step), heads)
 
 
 def _frozen(
