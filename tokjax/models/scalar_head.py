@@ -1,4 +1,4 @@
-"""A linear head that reads numbers, not tokens, from hidden states: values, rewards, scores, tags."""
+"""A linear head that reads numbers from hidden states: values, rewards, scores, tags."""
 
 import jax
 import jax.numpy as jnp
