@@ -15,7 +15,19 @@ WITH_EXAMPLES = sorted(path for path in PACKAGE.rglob("*.py") if ">>> " in path.
 
 
 @pytest.mark.parametrize(
-    "name", ["decoding", "finetuning", "guidance", "models", "search", "selection", "signals"]
+    "name",
+    [
+        *(
+            "data_construction",
+            "decoding",
+            "finetuning",
+            "gflownets",
+            "guidance",
+            "models",
+            "search",
+        ),
+        *("quality_estimation", "selection", "signals"),
+    ],
 )
 def test_the_code_of_a_page_runs_from_top_to_bottom(name):
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{name}.md").read_text(), re.DOTALL)

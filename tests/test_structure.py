@@ -21,7 +21,10 @@ LAYERS = (
     ("training", "decoding"),
     ("steering",),
 )
-FAMILIES = ("pretraining", "finetuning", "preference", "rl", "gflownet", "tokenization", "analysis")
+FAMILIES = (
+    *("pretraining", "finetuning", "preference", "rl", "gflownet", "tokenization", "analysis"),
+    "retrieval",
+)
 
 
 def imports_of(path: Path) -> set[str]:
@@ -45,7 +48,7 @@ def test_imports_go_one_way(package):
     allowed = {name for layer in LAYERS[: level + 1] for name in layer}
     for path in (PACKAGE / package).rglob("*.py"):
         # The run's configuration names the objectives it offers.
-        families = {"pretraining", "finetuning", "preference"}
+        families = {"pretraining", "finetuning", "preference", "rl", "gflownet", "retrieval"}
         extra = families if package == "training" else set()
         assert imports_of(path) <= allowed | extra | {package}, path
 

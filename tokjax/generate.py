@@ -4,6 +4,7 @@
     python -m tokjax.generate --model=runs/mine --prompts=in.jsonl --out=out.jsonl --temperature=0.8
     python -m tokjax.generate --model=smollm2-135m --prompt="Rome? " --choices=yes,no
     python -m tokjax.generate --model=runs/mine --prompt=Once --strategy=dola --option.layers=[2]
+    python -m tokjax.generate --model=big --prompt=Hi --strategy=reasoners --option.reasoners=runs/r
 
 A line of the file is a JSON string, or an object with `prompt` (text) or `messages` (a chat). The
 same command continues where it was stopped; a line's text depends on its number and the seed, not
@@ -22,6 +23,7 @@ import numpy as np
 
 from tokjax import cli
 from tokjax.errors import ConfigError, DataError
+from tokjax.resumable import appended, finished
 
 FLAGS = {
     "model": cli.FlagSpec("what `tokjax.load` takes: name, file, folder, workdir", required=True),
@@ -40,7 +42,9 @@ FLAGS = {
     "json_schema": cli.FlagSpec("schema by which each text is valid: file or JSON", str | None),
     "choices": cli.FlagSpec("texts to choose from: yes,no or a JSON list", str | None),
     "strategy": cli.FlagSpec(
-        "sample, dola, layercake, guided, beam, contrastive_search, speculative", str, "sample"
+        "sample, dola, layercake, guided, reasoners, beam, contrastive_search, speculative",
+        str,
+        "sample",
     ),
     "option": cli.FlagSpec("of the strategy, as --option.weight=1.5", dict, {}),
     "stop": cli.FlagSpec("text that ends a text; default the EOS token alone", str | None),
@@ -88,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     prompts = list(read_prompts(args["prompts"]))
     out, run = Path(args["out"]), _digest(args, prompts, constraint)
-    done = _done(out, run)
+    done = set(finished(out, run, _key))
     jobs = [
         job
         for index, prompt in enumerate(prompts)
@@ -187,33 +191,8 @@ def _digest(args: cli.Arguments, prompts: Sequence[Any], constraint: Mapping[str
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _done(out: Path, run: str) -> set[tuple[int, int]]:
-    """Returns the texts that a file has already; a last line that was cut off is removed.
-
-    Raises:
-        ConfigError: the file was written with other settings or prompts.
-        DataError: it holds something else.
-    """
-    if not out.exists():
-        return set()
-    data = out.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    done = set()
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            record = json.loads(line)
-            found, key = record["run"], (int(record["index"]), int(record["sample"]))
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{out}:{number} was not written by this command") from None
-        if found != run:
-            raise ConfigError(
-                f"{out} was written with another model, prompts or settings: choose another --out"
-            )
-        done.add(key)
-    if len(whole) < len(data):
-        with open(out, "r+b") as file:
-            file.truncate(len(whole))
-    return done
+def _key(record: Any) -> tuple[str, tuple[int, int]]:
+    return record["run"], (int(record["index"]), int(record["sample"]))
 
 
 def _write_all(
@@ -227,11 +206,7 @@ def _write_all(
     from rich.console import Console
     from rich.progress import Progress
 
-    from tokjax.files import AppendFile, storage_errors
-
-    with storage_errors(out.parent, "create"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-    file = AppendFile(out)
+    file = appended(out)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("texts", total=before + len(jobs), completed=before)
         for texts in _written(args, jobs, constraint):
@@ -250,10 +225,9 @@ def _show(args: cli.Arguments, jobs: Sequence[_Job], constraint: Mapping[str, An
     import tokjax
 
     lm = tokjax.load(args["model"], dtype=args["dtype"])
+    settings = _settings(lm, args, constraint)
     for job in jobs:
-        found = lm.stream(
-            [_prompt(lm, job)], seeds=[_seed(args["seed"], job)], **_settings(lm, args, constraint)
-        )
+        found = lm.stream([_prompt(lm, job)], seeds=[_seed(args["seed"], job)], **settings)
         for _, piece in found:
             print(piece, end="", flush=True)
         print()
@@ -268,7 +242,7 @@ def _written(
     import tokjax
 
     lm = tokjax.load(args["model"], dtype=args["dtype"])
-    size = args["batch_size"]
+    size, settings = args["batch_size"], _settings(lm, args, constraint)
     for first in range(0, len(jobs), size):
         batch = jobs[first : first + size]
         prompts = [_prompt(lm, job) for job in batch]
@@ -277,7 +251,7 @@ def _written(
         found = lm.generate(
             [*prompts, *prompts[:1] * fill],
             seeds=[*seeds, *seeds[:1] * fill],
-            **_settings(lm, args, constraint),
+            **settings,
         )
         rows = []
         for i, job in enumerate(batch):
@@ -302,12 +276,15 @@ def _prompt(lm: Any, job: _Job) -> Any:
 
 def _settings(lm: Any, args: cli.Arguments, constraint: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what `LanguageModel.generate` takes besides prompts and seeds."""
+    from tokjax import strategies
+
     settings = {name: args[name] for name in _SETTINGS}
     for name in args["option"]:
         if name in settings or name in ("seed", "seeds", "stop"):
             raise ConfigError(f"--option.{name} is no option of a strategy: write --{name}")
     stop = None if args["stop"] is None else [*lm.eos_ids, args["stop"]]
-    return {**settings, **constraint, **args["option"], "stop": stop}
+    options = strategies.opened(args["strategy"], args["option"], dtype=args["dtype"])
+    return {**settings, **constraint, **options, "stop": stop}
 
 
 def _seed(seed: int, job: _Job) -> int:

@@ -207,12 +207,13 @@ class LanguageModel:
                 JSON, or a list of one for each prompt.
             choices: texts of which each continuation is one, or a list of such for each prompt.
             strategy: whose predictions are sampled: the model's own (`sample`), or those of `dola`,
-                `layercake` or `guided` (classifier-free guidance); or how texts are searched for:
-                `beam`, `contrastive_search`, `speculative`.
+                `layercake`, `guided` (classifier-free guidance) or `reasoners` (other models'
+                logits are added); or how texts are searched for: `beam`, `contrastive_search`,
+                `speculative`.
             options: of the strategy, such as `alpha`, `weight` or `beams`; see the function of its
                 name in `tokjax.decoding.contrast`, or in `tokjax.strategies`. LayerCake's token
                 classes default to those of a heuristic, `token_classes`; `negative` of `guided`
-                may be a text.
+                may be a text, and `reasoners` of `reasoners` workdirs or names of models.
 
         Raises:
             ConfigError: a setting is impossible, there is no prompt, one is empty and the model

@@ -3,10 +3,11 @@
     python -m tokjax.select --method=trim --model=runs/warm --pool=pool.jsonl --target=few.jsonl --budget=5% --out=chosen --kind=response
     python -m tokjax.select --method=random --model=smollm2-135m --pool=pool.jsonl --budget=200 --out=random --set.seed=1
     python -m tokjax.select --method=shad --model=runs/warm --pool=pool.jsonl --budget=100% --out=shad
+    python -m tokjax.select --method=tvm --model=runs/warm --pool=solutions.jsonl --kind=rated --budget=100% --out=values
 
 The folder gets `selection.parquet`, which `data.train.0.artifact` of a training takes, and
 `report.html`. The same command continues where it was stopped; with another budget it chooses anew
-from the same scores. Of `shad` the tokens' channels are always kept.
+from the same scores. Of `shad` and `tvm` the tokens' channels are always kept.
 """  # noqa: E501
 
 import base64
@@ -24,7 +25,7 @@ from tokjax import cli
 from tokjax.errors import ConfigError, DataError
 
 FLAGS = {
-    "method": cli.FlagSpec("trim, rds, gradient, loss, longest, random, shad", str, "trim"),
+    "method": cli.FlagSpec("trim, rds, gradient, loss, longest, random, shad, tvm", str, "trim"),
     "model": cli.FlagSpec("that scores: what `tokjax.load` takes", required=True),
     "pool": cli.FlagSpec("JSONL or Parquet file (or a pattern) to choose from", required=True),
     "target": cli.FlagSpec("file of a few examples of the task that is meant", str | None),
@@ -304,7 +305,7 @@ def _table(selection: Any, out: Path) -> str:
     told = "none" if correlation is None else f"{correlation:.3f}"
     lines.append(f"rank correlation of score and length: {told}")
     if meta["counts"]["unscored"]:
-        lines.append(f"without a token that counts, never kept: {meta['counts']['unscored']}")
+        lines.append(f"without a score, never kept: {meta['counts']['unscored']}")
     return "\n".join([*lines, f"{out / SELECTION}, {out / REPORT}"]) + "\n"
 
 

@@ -6,12 +6,13 @@ Most are predictors, which `decode` samples from (`build`); the others are loops
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from tokjax.data.tokenizers import Tokenizer
-from tokjax.decoding.contrast import dola, guided, layercake, token_classes
+from tokjax.data.tokenizers import Tokenizer, same_tokens
+from tokjax.decoding.contrast import dola, guided, layercake, token_classes, with_reasoners
 from tokjax.decoding.engine import Generation
 from tokjax.decoding.prompts import Prompts
 from tokjax.errors import ConfigError, nearest
@@ -31,13 +32,15 @@ def build(
     """Returns the predictor of a strategy and its parameters, for `decode`.
 
     Args:
-        strategy: `sample` (the model's own predictions), `dola`, `layercake` or `guided`.
+        strategy: `sample` (the model's own predictions), `dola`, `layercake`, `guided` or
+            `reasoners`.
         model: the model.
         params: its parameters.
         tokenizer: LayerCake tells punctuation and concepts by the text of tokens.
         rows: the prompts' ids.
         options: of the strategy; see the function of its name in `tokjax.decoding.contrast`.
-            `guided` takes `negative` as ids of one prompt, or of one for each row.
+            `guided` takes `negative` as ids of one prompt, or of one for each row, and `reasoners`
+            what `opened` returns.
 
     Raises:
         ConfigError: there is no such strategy, or it has no such option.
@@ -51,7 +54,9 @@ def build(
         known = (*_MAKERS, *SEARCHES)
         raise ConfigError(f"unknown strategy={strategy!r}.{nearest(strategy, known)}")
     maker, given = _MAKERS[strategy], dict(options)
-    _check_options(strategy, maker, given, without=("model", "params"))
+    _check_options(strategy, maker, given, without=("model", "params", "tokenizer"))
+    if strategy == "reasoners":
+        given = {**opened(strategy, given), "tokenizer": tokenizer}
     if strategy == "layercake":
         bos = None if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id)
         classes = [token_classes([tokenizer.token_text(i) for i in row], bos=bos) for row in rows]
@@ -64,6 +69,70 @@ def build(
     return maker(model, params, **given)
 
 
+def opened(
+    strategy: str, options: Mapping[str, Any], *, dtype: str | None = None
+) -> Mapping[str, Any]:
+    """Returns options in which models that were named are loaded: for whoever builds repeatedly.
+
+    Args:
+        strategy: whose options they are.
+        options: of `reasoners`, the option of that name may be what `tokjax.load` takes (a run's
+            workdir, a folder, a name), a `LanguageModel`, or a list of these.
+        dtype: of the parameters of models that are loaded here; default as stored.
+
+    Raises:
+        CheckpointError: there is no such model.
+        ConfigError: none is named.
+    """
+    if strategy != "reasoners":
+        return options
+    from tokjax.loading import load
+
+    named = options.get("reasoners", ())
+    named = list(named) if isinstance(named, list | tuple) else [named]
+    if not named:
+        raise ConfigError(
+            "strategy 'reasoners' adds models to this one: name them by the option reasoners"
+        )
+    loaded = [load(each, dtype=dtype) if isinstance(each, str | Path) else each for each in named]
+    return {**options, "reasoners": loaded}
+
+
+def reasoners(
+    model: Transformer,
+    params: Any,
+    *,
+    tokenizer: Tokenizer,
+    reasoners: Sequence[Any] = (),
+    weights: float | Sequence[float] = 1.0,
+) -> tuple[Any, Any]:
+    """Returns the predictor of a model with reasoners, such as objective "unir" trains.
+
+    Args:
+        model: the backbone.
+        params: its parameters.
+        tokenizer: its tokenizer, which the reasoners must share.
+        reasoners: language models whose logits are added.
+        weights: of the logits of each, or one for all.
+
+    Raises:
+        ConfigError: a tokenizer is another, or there are other than one weight for each.
+    """
+    for lm in reasoners:
+        if not same_tokens(lm.tokenizer, tokenizer):
+            raise ConfigError(
+                f"a reasoner has another tokenizer ({lm.tokenizer.title}) than the model "
+                f"({tokenizer.title}): only logits of the same tokens can be added"
+            )
+    one = isinstance(weights, int | float)
+    return with_reasoners(
+        (model, params),
+        [(lm.model, lm.params) for lm in reasoners],
+        weights=[weights] * len(reasoners) if one else weights,
+        vocab_size=tokenizer.vocab_size,
+    )
+
+
 def _sample(model: Transformer, params: Any) -> tuple[Any, Any]:
     return model, params
 
@@ -73,6 +142,7 @@ _MAKERS: Mapping[str, Callable[..., tuple[Any, Any]]] = {
     "dola": dola,
     "layercake": layercake,
     "guided": guided,
+    "reasoners": reasoners,
 }
 
 

@@ -14,7 +14,8 @@ from tokjax.data.loader import EvalLoader, Loader, StageSlice
 from tokjax.data.store import StoreWriter, TokenStore
 from tokjax.errors import ConfigError, DataError
 
-FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name != "channels"]
+_OTHERS = ("channels", "values", "group")
+FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name not in _OTHERS]
 
 
 class FakeStore:
@@ -37,10 +38,13 @@ class FakeStore:
         assert 0 <= start <= stop <= self.lengths[i]
         return (np.arange(start, stop) / 1000 + i).astype(np.float32)
 
-    has_pairs, channels = False, ()
+    sequences, channels, value_names = 1, (), ()
 
-    def cut(self, i):
-        return 0
+    def cuts(self, i):
+        return ()
+
+    def values(self, name, i):
+        raise KeyError(name)
 
     def channel(self, name, i, start=0, stop=None):
         raise KeyError(name)

@@ -33,7 +33,7 @@ def test_a_pair_is_two_sequences_with_weights_of_opposite_sign():
     example = encoded(PAIR, "preference")
     assert example.tokens.tolist() == [256, *b"2+2=4", 257, 256, *b"2+2=five", 257]
     assert example.weights.tolist() == [0] * 5 + [1, 1] + [0] * 5 + [-1] * 5
-    assert example.cut == 7
+    assert example.cuts == (7,)
 
 
 def test_weights_of_a_pair_are_in_two_fields():
@@ -60,7 +60,7 @@ def test_weights_of_a_pair_are_in_two_fields():
 )
 def test_chats_are_pairs_too(record):
     example = encoded(record, "preference", chat_template="chatml")
-    text = bytes(t for t in example.tokens[: example.cut] if t < 256).decode()
+    text = bytes(t for t in example.tokens[: example.cuts[0]] if t < 256).decode()
     assert text.startswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\ngood")
     counted = [t for t, w in zip(example.tokens, example.weights, strict=True) if w > 0]
     assert bytes(t for t in counted if t < 256).startswith(b"good")

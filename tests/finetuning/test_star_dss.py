@@ -16,10 +16,11 @@ from tokjax.data.prepare import ensure_store
 from tokjax.data.store import TokenStore
 from tokjax.errors import ConfigError, DataError
 from tokjax.finetuning.sft import SFT
-from tokjax.finetuning.star_dss import StarDSS, chunk_ends, chunk_values, kl_estimate
+from tokjax.finetuning.star_dss import StarDSS, chunk_ends, chunk_values
 from tokjax.models import ModelConfig, Transformer, lora
 from tokjax.models.lora import LoraConfig
 from tokjax.signals import vocabulary
+from tokjax.signals.divergences import kl_estimate
 from tokjax.training.config import TrainConfig
 from tokjax.training.loop import train
 from tokjax.training.metrics import read_metrics

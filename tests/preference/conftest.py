@@ -26,7 +26,7 @@ def stored(tmp_path_factory):
         folder, facts = tmp_path_factory.mktemp(kind) / "store", {"after": [256]}
         with StoreWriter(folder, vocab_size=257, tokenizer=facts) as writer:
             for e in encoder.encode(documents):
-                writer.add(e.tokens, e.weights, key=e.key, name=e.name, cut=e.cut)
+                writer.add(e.tokens, e.weights, key=e.key, name=e.name, cuts=e.cuts)
         return TokenStore.open(folder)
 
     return make

@@ -9,6 +9,7 @@ from tokjax.models import ModelConfig, Transformer, lora
 from tokjax.models.lora import LoraConfig
 from tokjax.preference.dpo import DPO, pair_loss, position_losses
 from tokjax.preference.kto import KTO, kto_loss
+from tokjax.preference.mismatched import mismatched
 
 CONFIG = ModelConfig(vocab_size=24, d_model=16, n_layers=2, n_heads=2, max_positions=32)
 
@@ -259,3 +260,75 @@ def test_kto_averages_z0_over_steps(adapted):
     now = KTO().loss(model, params, before, pairs(), jax.random.key(0)).aux["kl"]
     after = objective.loss(model, params, before, pairs(), jax.random.key(0)).aux["kl"]
     np.testing.assert_allclose(after, 3.0 + 0.25 * now, rtol=1e-6)
+
+
+def test_mismatched_answers_are_those_of_the_next_sample(adapted):
+    batch = pairs()
+    found = mismatched(batch)
+    # Samples of the first row have 4, 3, 5, 4 slots, the only one of the second has 6; the first
+    # slot of each belongs to its prompt and the second one predicts the answer's first token.
+    own = [(0, 0, 4), (0, 4, 3), (0, 7, 5), (0, 12, 4), (1, 0, 6)]
+    tokens, targets, signs = [], [], []
+    for n, (b, at, _) in enumerate(own):
+        c, there, size = own[(n + 1) % len(own)]
+        tokens += [*batch.tokens[b, at : at + 2], *batch.tokens[c, there + 2 : there + size]]
+        targets += [batch.targets[b, at], *batch.targets[c, there + 1 : there + size]]
+        signs += [0, *batch.weights[c, there + 1 : there + size]]
+    lengths = [3, 5, 4, 6, 4]
+    full = np.asarray(found.segment_ids) > 0
+    np.testing.assert_array_equal(full.sum(1), [18, 4])
+    np.testing.assert_array_equal(np.asarray(found.tokens)[full], tokens)
+    np.testing.assert_array_equal(np.asarray(found.targets)[full], targets)
+    np.testing.assert_array_equal(np.asarray(found.weights)[full], signs)
+    ids = np.repeat([1, 2, 3, 4, 1], lengths)
+    np.testing.assert_array_equal(np.asarray(found.segment_ids)[full], ids)
+    places = np.concatenate([np.arange(n) for n in lengths])
+    np.testing.assert_array_equal(np.asarray(found.positions)[full], places)
+    np.testing.assert_array_equal(found.example_id, [[0, 0, 1, 1], [10, -1, -1, -1]])
+    for values in (found.tokens, found.targets, found.weights, found.positions):
+        assert not np.asarray(values)[~full].any()
+
+
+def test_mismatched_answers_are_cut_at_the_end_of_rows():
+    """Rows of one sample each: the second one's prompt leaves no room for the whole answer."""
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+    weights = np.array([[0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0]], np.float32)
+    segments = np.array([[1] * 6, [1, 1, 1, 1, 1, 0]], np.int32)
+    places = np.tile(np.arange(6, dtype=np.int32), (2, 1))
+    batch = Batch(tokens, tokens + 1, places, segments, weights, np.array([[0], [1]], np.int32))
+    found = mismatched(batch)
+    np.testing.assert_array_equal(found.tokens, [[0, 1, 10, 0, 0, 0], [6, 7, 8, 9, 2, 3]])
+    np.testing.assert_array_equal(found.targets, [[1, 10, 11, 0, 0, 0], [7, 8, 9, 2, 3, 4]])
+    np.testing.assert_array_equal(found.weights, [[0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]])
+
+
+def test_a_single_sample_has_no_mismatched_answer(adapted):
+    one = jax.tree.map(lambda a: a[:1], pairs()).replace(example_id=np.zeros((1, 1), np.int32))
+    with pytest.raises(ConfigError, match="needs the answers of other samples"):
+        KTO(reference_point="mismatched").loss(*adapted, {"reference": (), "kl": 0.0}, one, None)
+
+
+def test_kto_takes_z0_from_mismatched_answers(adapted):
+    """Each answer beside the prompt of the sample before it, scored one by one."""
+    model, params = adapted
+    batch = pairs(seed=2, weights=2.0)
+    base = lora.off(model), lora.split(params)[0]
+    shuffled = jax.tree.map(np.asarray, mismatched(batch))
+    ratios = logprob_sums(model, params, shuffled) - logprob_sums(*base, shuffled)
+    kl = ratios.sum() / 2 / 5
+    own = logprob_sums(model, params, batch) - logprob_sums(*base, batch)
+    assert kl > 0 and abs(kl - own.sum() / 2 / 5) > 1e-3
+    objective = KTO(reference_point="mismatched")
+    start = objective.init(jax.random.key(0), model, params)
+
+    def z0(params):
+        return objective.loss(model, params, start, batch, jax.random.key(0)).aux["kl"]
+
+    value, gradient = jax.jit(jax.value_and_grad(z0))(params)
+    np.testing.assert_allclose(value, kl, atol=1e-5)
+    assert all(not g.any() for g in jax.tree.leaves(gradient))
+
+
+def test_unknown_reference_points_are_refused():
+    with pytest.raises(ConfigError, match="unknown reference_point='mismatch'"):
+        KTO(reference_point="mismatch")  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ def test_ends_are_those_of_sequences_and_turns(tmp_path):
     def written(name, **facts):
         with StoreWriter(tmp_path / name, vocab_size=10, tokenizer=facts) as writer:
             tokens = [9, 1, 9, 2, 9, 9, 1, 3, 9]  # 9 begins, ends turns, and ends
-            writer.add(tokens, [0, 0, 0, 1, 1, 1, 0, -1, -1], key="0" * 16, name="x", cut=5)
+            writer.add(tokens, [0, 0, 0, 1, 1, 1, 0, -1, -1], key="0" * 16, name="x", cuts=(5,))
         return TokenStore.open(tmp_path / name)
 
     found = written("ended", after=[9])

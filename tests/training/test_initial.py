@@ -143,10 +143,10 @@ def test_a_stopped_run_continues_to_the_same_numbers(tree, tmp_path, changes, mo
 
     after = loop._Training.after_step
 
-    def stop_at_two(self, state, step, stopping):
+    def stop_at_two(self, state, step, stopping, stage):
         if step == 2:
             signal.raise_signal(signal.SIGTERM)
-        return after(self, state, step, stopping or step == 2)
+        return after(self, state, step, stopping or step == 2, stage)
 
     with monkeypatch.context() as patched:
         patched.setattr(loop._Training, "after_step", stop_at_two)
@@ -207,7 +207,7 @@ def test_only_sets_with_prompts_are_asked(tree, records):
     texts = {"name": "text", "files": (str(records),), "per": "line"}
     settings = {"answers": {"max_examples": 3, "max_new_tokens": 4}}
     run = built(tree(evaluation=settings, data__evals={"held": held, "texts": texts}))
-    found, told = evaluate_answers(run, run.initial_params())
+    found, told = evaluate_answers(run, run.model, run.initial_params())
     assert list(found) == ["eval/held/accuracy"]
     assert [a.reference for a in told["held"]] == ["0", "1", "2"]
 

@@ -112,8 +112,23 @@ class AnnotatedStore:
 
     @property
     def has_pairs(self) -> bool:
-        """Whether every example is a pair of sequences."""
+        """Whether every example is a pair of answers."""
         return self.store.has_pairs
+
+    @property
+    def has_rankings(self) -> bool:
+        """Whether every example is a query with passages."""
+        return self.store.has_rankings
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of each example."""
+        return self.store.sequences
+
+    @property
+    def value_names(self) -> tuple[str, ...]:
+        """Names of what is known of each sequence."""
+        return self.store.value_names
 
     @property
     def unigram_entropy(self) -> float:
@@ -147,6 +162,14 @@ class AnnotatedStore:
         """
         self._example(i)
         return self._values(name, i)[start:stop]
+
+    def values(self, name: str, i: int) -> Float32[np.ndarray, "G"]:
+        """Returns a value of each sequence of kept example `i`."""
+        return self.store.values(name, self._example(i))
+
+    def cuts(self, i: int) -> tuple[int, ...]:
+        """Returns where the second and further sequences of kept example `i` begin."""
+        return self.store.cuts(self._example(i))
 
     def cut(self, i: int) -> int:
         """Returns where the second sequence of kept example `i` begins; 0 where there is one."""

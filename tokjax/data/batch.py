@@ -21,8 +21,13 @@ class Batch:
             count. Never inferred from token ids. Targets of a rejected answer weigh below 0.
         example_id: for segment s of a row, column s - 1 holds the number of its example (an
             index into the loader's list of examples), -1 where there is no such segment. A pair of
-            answers is one example and two segments: the chosen one, then the rejected one.
+            answers is one example and two segments: the chosen one, then the rejected one. A
+            ranking is one example with a segment for each passage.
         channels: further values of each target by name (annotations), 0 on filling.
+        values: values of each segment by name, 0 where there is no such segment; of rankings how
+            relevant each passage is ("label") and perhaps a teacher's "score".
+        group: segments of an example; those of one example are neighbours in one row, and the
+            first segment of a row begins an example. 1 unless examples are pairs or rankings.
     """
 
     tokens: Int[Array, "B T"]
@@ -32,3 +37,5 @@ class Batch:
     weights: Float[Array, "B T"]
     example_id: Int[Array, "B S"]
     channels: Mapping[str, Float[Array, "B T"]] = struct.field(default_factory=dict)
+    values: Mapping[str, Float[Array, "B S"]] = struct.field(default_factory=dict)
+    group: int = struct.field(pytree_node=False, default=1)

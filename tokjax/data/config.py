@@ -5,9 +5,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tokjax.config import Choice, FrozenDict
+from tokjax.data.arithmetic import ArithmeticSource
 from tokjax.data.sources import StdlibSource
 from tokjax.data.tokenizers import TokenizerConfig
 from tokjax.errors import ConfigError
+
+__all__ = ["ArithmeticSource", "DataConfig", "MixtureEntry"]  # importing a source offers it
 
 
 @dataclass(frozen=True)

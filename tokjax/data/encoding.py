@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tokjax.data.rankings import Limits, Ranking, sequence_ids
 from tokjax.data.sources import Document, Problem
 from tokjax.data.tokenizers import Tokenizer
 from tokjax.errors import DataError
@@ -28,7 +29,10 @@ class Example:
       tokens: Int32[n], begin and end tokens included.
       weights: Float32[n], the weight of each token as a target; None: all 1.
       num_bytes: length of its text in UTF-8.
-      cut: where the second sequence of a pair begins in tokens; 0 where there is one only.
+      cuts: where the second and further sequences of a group begin in tokens; () where there is
+        one sequence only.
+      values: name -> float32 [G], a value of each sequence of a ranking: "label", and "score" where
+        a teacher gave some.
     """
 
     name: str
@@ -36,7 +40,8 @@ class Example:
     tokens: np.ndarray
     weights: np.ndarray | None
     num_bytes: int
-    cut: int = 0
+    cuts: tuple[int, ...] = ()
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ class Encoder:
     def _with_weights(self, document: Document) -> Example:
         if document.rejected is not None:
             return self._pair(document, document.rejected)
+        if document.ranking is not None:
+            return self._ranking(document, document.ranking)
         return self._weighted(document) if document.messages is None else self._chat(document)
 
     def _pair(self, document: Document, rejected: Document) -> Example:
@@ -104,8 +111,29 @@ class Encoder:
             tokens,
             np.concatenate([chosen.weights, 0 - other.weights]),
             chosen.num_bytes + other.num_bytes,
-            chosen.tokens.size,
+            (chosen.tokens.size,),
         )
+
+    def _ranking(self, document: Document, ranking: Ranking) -> Example:
+        """Returns the query with each passage, one sequence after the other.
+
+        A last token closes the group: the loader takes it for a target only, so that the last
+        sequence is whole among the inputs, as those before it are.
+        """
+        query, *passages = self.tokenizer.encode_batch([ranking.query, *ranking.passages])
+        limits = Limits(ranking.query_tokens, ranking.passage_tokens)
+        sequences = [sequence_ids(query, p, self.before, self.after, limits) for p in passages]
+        tokens = np.fromiter((t for s in (*sequences, sequences[-1][-1:]) for t in s), np.int32)
+        self._check_length(tokens)
+        weights = np.ones(tokens.size, np.float32)
+        weights[-1] = 0
+        ends = np.cumsum([len(s) for s in sequences])
+        values = {"label": np.array(ranking.labels, np.float32)}
+        if ranking.scores:
+            values["score"] = np.array(ranking.scores, np.float32)
+        num_bytes = len(ranking.query.encode()) + sum(len(p.encode()) for p in ranking.passages)
+        cuts = tuple(ends[:-1].tolist())
+        return Example(document.name, document.key, tokens, weights, num_bytes, cuts, values)
 
     def _weighted(self, document: Document) -> Example:
         ids, offsets = self.tokenizer.encode_with_offsets(document.text)
@@ -184,7 +212,8 @@ def _set_by_token(
 
 
 def _is_plain(document: Document) -> bool:
-    return document.weights is None and document.messages is None and document.rejected is None
+    special = (document.weights, document.messages, document.rejected, document.ranking)
+    return all(part is None for part in special)
 
 
 def token_weights(length: int, ranges: Weights, offsets: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -165,7 +165,7 @@ def to_device(batch_fn: Callable[[slice], Batch], sharding: Sharding, batch_size
     Args:
         batch_fn: builds the given rows of the global batch as NumPy arrays; called once for each
             distinct range of rows that this process's devices hold.
-        sharding: of the [B, T] arrays; example_id [B, S] follows its first axis only.
+        sharding: of the [B, T] arrays; those of segments [B, S] follow its first axis only.
         batch_size: rows of the global batch.
 
     Raises:
@@ -210,7 +210,7 @@ def to_device(batch_fn: Callable[[slice], Batch], sharding: Sharding, batch_size
 
 
 def _by_row(path: Any) -> bool:
-    return path[0].name == "example_id"
+    return path[0].name in ("example_id", "values")
 
 
 def _bounds(rows: slice, size: int) -> tuple[int, int]:

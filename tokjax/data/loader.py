@@ -52,12 +52,21 @@ class Store(Protocol):
         ...
 
     @property
-    def has_pairs(self) -> bool:
-        """Whether every example is a pair of sequences, which stay in one row."""
+    def sequences(self) -> int:
+        """Sequences of each example, which stay in one row."""
         ...
 
-    def cut(self, i: int) -> int:
-        """Where the second sequence of example i begins; 0 where there is one only."""
+    def cuts(self, i: int) -> tuple[int, ...]:
+        """Where the second and further sequences of example i begin."""
+        ...
+
+    @property
+    def value_names(self) -> tuple[str, ...]:
+        """Names of what is known of each sequence."""
+        ...
+
+    def values(self, name: str, i: int) -> Float32[np.ndarray, "G"]:
+        """A value of each sequence of example i."""
         ...
 
     @property
@@ -121,10 +130,11 @@ class _Rows:
         if not stores:
             raise ConfigError("a loader needs at least one token store")
         _check_tokenizers(stores)
-        _check_pairs(stores, config)
+        _check_groups(stores, config)
         self.stores = list(stores)
         self.channels = tuple(sorted({name for store in stores for name in store.channels}))
-        self.sequences = 2 if stores[0].has_pairs else 1  # of an example
+        self.sequences = stores[0].sequences  # of an example
+        self.value_names = stores[0].value_names
         self.plans = [plan_packing(store, config, _plan_cache(store)) for store in stores]
         self.first_example = np.cumsum([0, *(store.num_examples for store in stores)])
         if self.first_example[-1] > np.iinfo(np.int32).max:
@@ -153,6 +163,8 @@ class _Rows:
             weights=np.zeros(shape, np.float32),
             example_id=np.full((len(rows), segments), -1, np.int32),
             channels={name: np.zeros(shape, np.float32) for name in self.channels},
+            values={n: np.zeros((len(rows), segments), np.float32) for n in self.value_names},
+            group=self.sequences,
         )
         for r, place in enumerate(rows):
             if place is None:
@@ -169,13 +181,16 @@ class _Rows:
                 for name in store.channels:
                     values = store.channel(name, example, start + 1, stop + 1)
                     batch.channels[name][r, span] = values
-                for first, last in _sequences(store.cut(example), offset, start, stop):
+                cuts = store.cuts(example)
+                for name in self.value_names:
+                    batch.values[name][r, used : used + len(cuts) + 1] = store.values(name, example)
+                for first, last in _sequences(cuts, offset, start, stop):
                     batch.positions[r, first:last] = np.arange(last - first)
                     batch.segment_ids[r, first:last] = used + 1
                     batch.example_id[r, used] = self.first_example[source] + example
                     used += 1
-                if cut := store.cut(example):
-                    # The chosen answer's end does not predict the rejected one's beginning.
+                for cut in cuts:
+                    # The end of one sequence does not predict the beginning of the next.
                     batch.weights[r, offset + cut - 1] = 0.0
         return batch
 
@@ -268,6 +283,16 @@ class Loader:
     def channels(self) -> tuple[str, ...]:
         """Names of the batches' channels."""
         return self._rows.channels
+
+    @property
+    def value_names(self) -> tuple[str, ...]:
+        """Names of the batches' values of segments."""
+        return self._rows.value_names
+
+    @property
+    def group(self) -> int:
+        """Segments of an example."""
+        return self._rows.sequences
 
     def shape(self, step: int) -> tuple[int, int, int]:
         """Returns (B, T, S) of the global batch of a step: the same throughout a stage."""
@@ -439,27 +464,37 @@ class EvalLoader:
 def _packing(
     stores: Sequence[Store], row_len: int, align: int, mode: str, long_examples: str
 ) -> PackingConfig:
-    """Returns how to pack; a pair longer than a row is refused, for half of it says nothing."""
-    pairs = any(store.has_pairs for store in stores)
-    return PackingConfig(row_len, align, mode, "error" if pairs else long_examples)
+    """Returns how to pack; a group longer than a row is refused, for half of it says nothing."""
+    groups = any(store.sequences > 1 for store in stores)
+    return PackingConfig(row_len, align, mode, "error" if groups else long_examples)
 
 
-def _sequences(cut: int, offset: int, start: int, stop: int) -> list[tuple[int, int]]:
+def _sequences(cuts: tuple[int, ...], offset: int, start: int, stop: int) -> list[tuple[int, int]]:
     """Returns the places of a row that each sequence of a piece takes."""
-    ends = [start, cut, stop] if cut else [start, stop]
+    ends = [start, *cuts, stop]
     return [(offset + a - start, offset + b - start) for a, b in itertools.pairwise(ends)]
 
 
-def _check_pairs(stores: Sequence[Store], config: PackingConfig) -> None:
-    """Refuses what would tear pairs apart."""
-    if not any(store.has_pairs for store in stores):
+def _check_groups(stores: Sequence[Store], config: PackingConfig) -> None:
+    """Refuses what would tear groups of sequences apart, and groups of several kinds."""
+    kinds = {(store.sequences, store.value_names) for store in stores}
+    if kinds == {(1, ())}:
         return
-    if not all(store.has_pairs for store in stores):
-        raise ConfigError("data.train mixes pairs of answers with single examples: train on one")
+    if len(kinds) > 1:
+        found = " and ".join(_described(*kind) for kind in sorted(kinds))
+        raise ConfigError(f"data.train mixes {found}: train on examples of one kind")
     if config.align > 1:
-        raise ConfigError("an objective that shortens sequences cannot read pairs of answers")
+        raise ConfigError("an objective that shortens sequences cannot read pairs or groups")
     if config.mode == "concat":
-        raise ConfigError("data.packing='concat' cuts pairs of answers: take 'best_fit' or 'none'")
+        raise ConfigError("data.packing='concat' cuts pairs and groups: take 'best_fit' or 'none'")
+
+
+def _described(sequences: int, values: tuple[str, ...]) -> str:
+    if values:
+        return f"rankings of {sequences} passages with {' and '.join(values)}"
+    return {1: "single examples", 2: "pairs of answers"}.get(
+        sequences, f"groups of {sequences} sequences"
+    )
 
 
 def _check_sizes(seq_len: int, batch_size: int) -> None:

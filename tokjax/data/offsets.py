@@ -1,6 +1,8 @@
 """Character ranges of tokens, from the bytes each token stands for."""
 
+import codecs
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,3 +45,27 @@ def monotone(ranges: Sequence[tuple[int, int]]) -> Offsets:
         start, end = max(start, a), max(end, a, b)
         result.append((start, end))
     return result
+
+
+def offsets_of_ids(tokenizer: Any, ids: Sequence[int]) -> Offsets:
+    """Returns for each id the range of the characters of `tokenizer.decode(ids)` it stands for.
+
+    A character whose bytes lie in several tokens belongs to each of them; special tokens have an
+    empty range. Where a tokenizer does not decode by bytes, a token has the characters that it adds
+    to the text of the tokens before it.
+    """
+    text = tokenizer.decode(ids)
+    if not tokenizer.decodes_by_bytes:
+        ends = [min(len(tokenizer.decode(ids[: k + 1])), len(text)) for k in range(len(ids))]
+        return monotone(list(zip([0, *ends], ends, strict=False)))
+    # The bytes of a model's answer need not be valid: they are read as decoding reads them.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    ranges, read = [], 0
+    for i in ids:
+        start, piece = read, tokenizer.token_bytes(i)
+        read += len(decoder.decode(piece))
+        unfinished = bool(piece) and bool(decoder.getstate()[0])
+        ranges.append((start, read + unfinished))
+    read += len(decoder.decode(b"", final=True))
+    dropped = read - len(text)  # the space before a text that decoding takes away
+    return [(max(start - dropped, 0), max(end - dropped, 0)) for start, end in ranges]

@@ -307,7 +307,8 @@ def _make_quietly(request: Request, encoder: Encoder, directory: Path, progress:
                     key=example.key,
                     name=example.name,
                     num_bytes=example.num_bytes,
-                    cut=example.cut,
+                    cuts=example.cuts,
+                    values=example.values,
                 )
                 advance()
     reporter.summary(TokenStore.open(directory), time.monotonic() - start)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tokjax.data.arithmetic import ArithmeticSource, problems
 from tokjax.data.files import expand_files, numbered_lines, read_bytes, unreadable
 from tokjax.data.records import BadRecord, to_document
 from tokjax.data.sources import (
@@ -30,6 +31,8 @@ def read(source: Any) -> Iterator[Document | Problem]:
     """Yields what a source holds, in order; see `tokjax.data.sources.read_documents`."""
     if isinstance(source, StdlibSource):
         yield from _stdlib(source)
+    elif isinstance(source, ArithmeticSource):
+        yield from _arithmetic(source)
     elif isinstance(source, TfdsSource):
         from tokjax.data.tfds_records import tfds_records
 
@@ -53,6 +56,13 @@ def _stdlib(source: StdlibSource) -> Iterator[Document]:
     for name, text in documents(source.parts):
         if source.split == "all" or split_of(name, source.validation_share) == source.split:
             yield Document(name, make_key(namespace(source), text), text)
+
+
+def _arithmetic(source: ArithmeticSource) -> Iterator[Document]:
+    for question, answer in problems(source):
+        answered = (len(question), len(question) + len(answer), 1.0)
+        key = make_key(namespace(source), question)
+        yield Document(question, key, question + answer, weights=(answered,))
 
 
 def _text(file: str, source: TextSource) -> Iterator[Document | Problem]:

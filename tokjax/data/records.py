@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from tokjax.data.rankings import Passage, Ranking, passage_text, query_text
 from tokjax.data.sources import Document, RecordSource, make_key, namespace
 from tokjax.errors import DataError, nearest
 
@@ -111,6 +112,73 @@ def _preference(record: Mapping[str, Any], source: RecordSource) -> tuple[Docume
     return dataclasses.replace(chosen, rejected=rejected), content
 
 
+def _ranking(record: Mapping[str, Any], source: RecordSource) -> tuple[Document, Content]:
+    query = _string(record, source.query)
+    passages = check_passages(record[source.passages], source.passages)
+    if len(passages) < 2:
+        raise BadRecord("a ranking needs at least two passages", f"{source.passages!r} has one")
+    given = record.get(source.labels) if source.labels else None
+    if given is None:
+        labels = (1.0, *[0.0] * (len(passages) - 1))
+    elif not isinstance(given, list | tuple) or len(given) != len(passages):
+        raise BadRecord(
+            f"field {source.labels!r} is no list of one number for each passage",
+            f"it is {_shown(given)} for {len(passages)} passages",
+        )
+    else:
+        labels = tuple(_number(x, f"{source.labels}[{i}]", "label") for i, x in enumerate(given))
+    if min(labels) < 0:
+        raise BadRecord("a label is below 0", f"{source.labels!r} is {_shown(given)}")
+    scores = tuple(p.score for p in passages if p.score is not None)
+    if scores and len(scores) != len(passages):
+        raise BadRecord(
+            "some passages have a score and some have none",
+            f"{len(scores)} of {len(passages)}; give all of them one, or none",
+        )
+    ranking = Ranking(
+        query_text(query),
+        tuple(passage_text(p) for p in passages),
+        labels,
+        scores,
+        source.query_tokens,
+        source.passage_tokens,
+    )
+    content = "\0".join((ranking.query, *ranking.passages))
+    return Document("", "", "", ranking=ranking), content
+
+
+def check_passages(passages: Any, field: str) -> tuple[Passage, ...]:
+    """Returns the passages of a record.
+
+    Args:
+      passages: what the record holds: texts, or objects with `text`, `title` and `score`.
+      field: where, for messages.
+
+    Raises:
+      BadRecord: it is no list of such, or it is empty.
+    """
+    if not isinstance(passages, list | tuple) or not passages:
+        raise BadRecord(f"field {field!r} is no list of passages", f"it is {_shown(passages)}")
+    found = []
+    for index, passage in enumerate(passages):
+        place = f"{field}[{index}]"
+        if isinstance(passage, str):
+            passage = {"text": passage}
+        if not isinstance(passage, Mapping) or "text" not in passage:
+            raise BadRecord(
+                "a passage is neither text nor an object with text",
+                f"{place} is {_shown(passage)}",
+            )
+        title, score = passage.get("title"), passage.get("score")
+        for part, value in (("text", passage["text"]), ("title", "" if title is None else title)):
+            if not isinstance(value, str):
+                raise BadRecord(f"a passage's {part} is not text", f"{place}: {_shown(value)}")
+            _unicode(value, f"{place}.{part}")
+        number = None if score is None else _number(score, f"{place}.score", "score")
+        found.append(Passage(passage["text"], title or "", number))
+    return tuple(found)
+
+
 def _answer(record: Mapping[str, Any], source: RecordSource, field: str, weights: str) -> Document:
     """Returns the document of a prompt with the response in a field, which alone counts."""
     text, start, stop = join(record, source, field)
@@ -184,6 +252,7 @@ _READERS: Mapping[str, Callable[..., tuple[Document, Content]]] = {
     "messages": _chat,
     "rated": _rated,
     "preference": _preference,
+    "ranking": _ranking,
 }
 
 
@@ -294,15 +363,15 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(value: Any, place: str) -> float:
+def _number(value: Any, place: str, what: str = "weight") -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRecord("a weight is no number", f"{place} is {_shown(value)}")
+        raise BadRecord(f"a {what} is no number", f"{place} is {_shown(value)}")
     try:
-        finite = math.isfinite(value) and abs(value) < 3e38  # weights are kept as float32
+        finite = math.isfinite(value) and abs(value) < 3e38  # they are kept as float32
     except OverflowError:
         finite = False
     if not finite:
-        raise BadRecord("a weight is not finite", f"{place} is {_shown(value)}")
+        raise BadRecord(f"a {what} is not finite", f"{place} is {_shown(value)}")
     return float(value)
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from tokjax.config.schema import register, registered_name
+from tokjax.data.rankings import PASSAGE_TOKENS, QUERY_TOKENS, Limits, Ranking
 from tokjax.errors import ConfigError
 
-RecordKind = Literal["text", "response", "messages", "rated", "preference"]
+RecordKind = Literal["text", "response", "messages", "rated", "preference", "ranking"]
 StdlibPart = Literal["topics", "docstrings", "sources"]
 
 
@@ -33,6 +34,7 @@ class Document:
       explicit_key: whether `key` was made from an id that the record carries.
       rejected: of a pair, the answer that is not wanted; its weights are negated later.
       by_token: (start, end, weights): a weight of each token that ends within these characters.
+      ranking: a query with its passages, which are then all that counts; `text` is "".
     """
 
     name: str
@@ -44,6 +46,7 @@ class Document:
     explicit_key: bool = False
     rejected: "Document | None" = None
     by_token: tuple[int, int, tuple[float, ...]] | None = None
+    ranking: Ranking | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class RecordSource:
     # what a record is: plain text (every token counts); a prompt with a response, or a chat (only
     # responses and assistant turns count); a prompt with a response that is good or bad (weights of
     # bad ones are negative); a prompt with a chosen and a rejected response (weights of the
-    # rejected one are negative)
+    # rejected one are negative); a query with passages to be ranked
     kind: RecordKind = "text"
     text: str = "text"  # kind text: field of the text
     prompt: str = "prompt"  # kinds with a prompt: field of the prompt
@@ -122,6 +125,15 @@ class RecordSource:
     # message counts (the prompt may then be a chat too, or missing)
     chosen: str = "chosen"
     rejected: str = "rejected"  # kind preference: field of the worse response, as the better one
+    query: str = "query"  # kind ranking: field of the query's text
+    # kind ranking: field of the passages, a list of texts or of {"text", "title", "score"} objects;
+    # the title and the teacher's score may be missing
+    passages: str = "passages"
+    # kind ranking: optional field of the passages' relevances, a list of numbers; the first passage
+    # alone is relevant where a record has none
+    labels: str = "labels"
+    query_tokens: int | None = QUERY_TOKENS  # kind ranking: most tokens of a query; None: all
+    passage_tokens: int | None = PASSAGE_TOKENS  # the same of a passage with its title
     # kinds with a prompt: how it is joined to a response; {prompt} and {response} are these two,
     # any other {name} is the field of that name
     template: str = "{prompt}{response}"
@@ -143,10 +155,12 @@ class RecordSource:
             "messages": ("messages",),
             "rated": ("label",),
             "preference": ("prompt", "chosen", "rejected"),
+            "ranking": ("query", "passages"),
         }[self.kind]
         for field in used:
             if not getattr(self, field):
                 raise ConfigError(f"{field} is empty; name the field of the records to read")
+        Limits(self.query_tokens, self.passage_tokens)
         parse_template(self.template)
 
     @property
@@ -160,6 +174,8 @@ class RecordSource:
             return (self.chosen, self.rejected)
         if self.kind == "rated":
             return (self.label,)
+        if self.kind == "ranking":
+            return (self.query, self.passages)
         return self.template_fields
 
     @property
@@ -173,6 +189,7 @@ class RecordSource:
         more = {
             "preference": (self.prompt, f"rejected_{self.weights}", *self.template_fields),
             "rated": (self.messages, *self.template_fields),
+            "ranking": (self.labels,),
         }
         return (self.id, self.weights, *more.get(self.kind, ()))
 

@@ -3,7 +3,10 @@
     manifest.json   what it is, how it was made, and the size and SHA-256 of every other file
     tokens.bin      ids of all examples one after another, uint16, or uint32 for large vocabularies
     weights.bin     float32 beside each token; only where some weight is not 1
-    cuts.bin        int64 [N], where the second sequence of each pair begins; only of pairs
+    cuts.bin        int64 [N, G - 1], where the second and further sequences of each example begin;
+                    only where examples are groups of G sequences (pairs: G = 2)
+    labels.bin      float32 [N, G], how relevant each sequence is; only of rankings
+    scores.bin      float32 [N, G], a teacher's scores; only of rankings that have them
     offsets.bin     int64 [N + 1], where each example starts in tokens.bin
     lengths.bin     int64 [N]
     keys.bin        uint64 [N], and repeats.bin uint32 [N] only where a key occurs more than once
@@ -23,7 +26,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from tokjax.data.store_format import MANIFEST, OPTIONAL, check_file, damaged, read_manifest
+from tokjax.data.store_format import (
+    MANIFEST,
+    OPTIONAL,
+    VALUES,
+    check_file,
+    damaged,
+    read_manifest,
+)
 from tokjax.data.store_writer import StoreWriter
 from tokjax.errors import DataError
 
@@ -43,6 +53,7 @@ class TokenStore:
       num_tokens: number of tokens of all examples.
       lengths: Int64[N], tokens of each example.
       unigram_counts: Int64[V], how often each id occurs among all tokens.
+      sequences: G, sequences of each example: 1, or as many as a group has.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any]):
@@ -54,7 +65,14 @@ class TokenStore:
         n, vocab_size = self.num_examples, manifest["tokenizer"]["vocab_size"]
         self._tokens = self._map("tokens.bin", manifest["token_dtype"], self.num_tokens)
         self._weights = self._map("weights.bin", "<f4", self.num_tokens)
-        self._cuts = self._map("cuts.bin", "<i8", n)
+        held = manifest["files"].get("cuts.bin", {"bytes": 0})["bytes"]
+        self.sequences: int = held // (8 * n) + 1
+        self._cuts = self._map("cuts.bin", "<i8", n * (self.sequences - 1))
+        self._values = {
+            name: self._map(file, "<f4", n * self.sequences)
+            for name, file in VALUES.items()
+            if file in manifest["files"]
+        }
         self._offsets = self._map("offsets.bin", "<i8", n + 1)
         self.lengths: np.ndarray = self._map("lengths.bin", "<i8", n)
         self._keys = self._map("keys.bin", "<u8", n)
@@ -94,13 +112,38 @@ class TokenStore:
 
     @property
     def has_pairs(self) -> bool:
-        """Whether every example is a pair of sequences."""
-        return self._cuts is not None
+        """Whether every example is a pair of answers, the better one first."""
+        return self.sequences == 2 and not self._values
+
+    @property
+    def has_rankings(self) -> bool:
+        """Whether every example is a query with passages, whose values say how good they are."""
+        return bool(self._values)
+
+    def cuts(self, i: int) -> tuple[int, ...]:
+        """Returns where the second and further sequences of example `i` begin."""
+        self._range(i, 0, 0)
+        size = self.sequences - 1
+        return tuple(self._cuts[i * size : (i + 1) * size].tolist()) if size else ()
 
     def cut(self, i: int) -> int:
         """Returns where the second sequence of example `i` begins; 0 where there is one only."""
+        return (*self.cuts(i), 0)[0]
+
+    @property
+    def value_names(self) -> tuple[str, ...]:
+        """Names of what is known of each sequence: of rankings "label" and perhaps "score"."""
+        return tuple(self._values)
+
+    def values(self, name: str, i: int) -> Float32[np.ndarray, "G"]:
+        """Returns a value of each sequence of example `i`, a copy.
+
+        Raises:
+          KeyError: there is no value of this name.
+        """
         self._range(i, 0, 0)
-        return 0 if self._cuts is None else int(self._cuts[i])
+        size = self.sequences
+        return np.array(self._values[name][i * size : (i + 1) * size], np.float32)
 
     def tokens(self, i: int, start: int = 0, stop: int | None = None) -> Int32[np.ndarray, "n"]:
         """Returns the ids of tokens [start, stop) of example `i`, a copy.

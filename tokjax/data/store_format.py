@@ -16,6 +16,8 @@ FILES = {
     "tokens.bin",
     "weights.bin",
     "cuts.bin",
+    "labels.bin",
+    "scores.bin",
     "offsets.bin",
     "lengths.bin",
     "keys.bin",
@@ -25,7 +27,8 @@ FILES = {
     "unigram.bin",
     "skipped.jsonl",
 }
-OPTIONAL = {"weights.bin", "cuts.bin", "repeats.bin", "skipped.jsonl"}
+VALUES = {"label": "labels.bin", "score": "scores.bin"}  # of sequences: name -> file
+OPTIONAL = {"weights.bin", "cuts.bin", *VALUES.values(), "repeats.bin", "skipped.jsonl"}
 
 
 def content_fingerprint(manifest: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from tokjax.data.store_format import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
+    VALUES,
     content_fingerprint,
     read_manifest,
 )
@@ -71,13 +73,14 @@ class StoreWriter:
         self._unigram = np.zeros(vocab_size, np.int64)
         self._weighted_tokens = self._unweighted_examples = 0
         self._skipped: dict[str, int] = {}
-        self._pairs = False
+        self._group: tuple[int, tuple[str, ...]] | None = None  # sequences, names of values
         self._first_skipped = ""
         self._temporary: Path | None = None
         self._columns: dict[str, _Column] = {}
         self._tokens: list[np.ndarray] = []
         self._weights: list[np.ndarray | None] = []
-        self._cuts: list[int] = []
+        self._cuts: list[tuple[int, ...]] = []
+        self._values: dict[str, list[np.ndarray]] = {name: [] for name in VALUES}
         self._keys: list[int] = []
         self._names: list[bytes] = []
         self._buffered = 0
@@ -123,7 +126,8 @@ class StoreWriter:
         key: str,
         name: str,
         num_bytes: int = 0,
-        cut: int = 0,
+        cuts: Sequence[int] = (),
+        values: Mapping[str, Sequence[float] | np.ndarray] | None = None,
     ) -> None:
         """Appends an example.
 
@@ -134,11 +138,13 @@ class StoreWriter:
             `tokjax.data.sources.make_key`. Equal keys are told apart by `-1`, `-2`, ...
           name: where the example comes from, for people.
           num_bytes: length of its text in UTF-8.
-          cut: where the second sequence of a pair begins; 0: the example is no pair.
+          cuts: where the second and further sequences of a group begin; () of a single one.
+          values: name ("label", "score") -> a value of each sequence of a ranking.
 
         Raises:
-          DataError: an id outside the vocabulary, a weight that is not finite, as many weights as
-            tokens not given, or pairs and others in one store. The example is then not added.
+          DataError: an id outside the vocabulary, a weight or value that is not finite, as many
+            weights as tokens not given, or groups of several sizes or kinds in one store. The
+            example is then not added.
           StorageError: the disk is full.
         """
         ids = np.asarray(tokens, np.int64)
@@ -150,11 +156,10 @@ class StoreWriter:
                 f"{name}: the token id {low if low < 0 else high} is outside the vocabulary of "
                 f"{self._vocab_size} ids. Use the tokenizer that made the ids."
             )
-        if not 0 <= cut < ids.size:
-            raise DataError(f"{name}: cut={cut} is not inside its {ids.size} tokens")
-        if self.num_examples and bool(cut) != self._pairs:
-            raise DataError(f"{name}: a token store holds pairs or single examples, not both")
-        self._pairs = bool(cut)
+        cuts = tuple(cuts)
+        if not all(a < b for a, b in itertools.pairwise((0, *cuts, ids.size))):
+            raise DataError(f"{name}: cuts={cuts} must rise and lie inside its {ids.size} tokens")
+        group = self._checked_group(name, cuts, values or {})
         column = None
         if weights is not None:
             column = np.asarray(weights, "<f4")
@@ -176,7 +181,10 @@ class StoreWriter:
         self._unweighted_examples += weighted == 0
         self._tokens.append(ids.astype(self._dtype))
         self._weights.append(column)
-        self._cuts.append(cut)
+        self._cuts.append(cuts)
+        self._group = group
+        for value in group[1]:
+            self._values[value].append(np.asarray((values or {})[value], "<f4"))
         self._keys.append(number)
         self._names.append(name.encode("utf-8", "replace"))
         self.num_examples += 1
@@ -185,6 +193,30 @@ class StoreWriter:
         self._buffered += ids.size
         if self._buffered >= _BUFFERED_TOKENS or len(self._keys) >= _BUFFERED_TOKENS // 16:
             self._write()
+
+    def _checked_group(
+        self, name: str, cuts: tuple[int, ...], values: Mapping[str, Any]
+    ) -> tuple[int, tuple[str, ...]]:
+        """Returns the number of sequences and the names of their values, those of all examples."""
+        size = len(cuts) + 1
+        for value, given in values.items():
+            if np.shape(given) != (size,) or not np.isfinite(np.asarray(given, float)).all():
+                raise DataError(
+                    f"{name}: a {value} must be a finite number for each of {size} sequences"
+                )
+        group = size, tuple(v for v in VALUES if v in values)
+        if self._group is None or group == self._group:
+            return group
+        if size != self._group[0]:
+            raise DataError(
+                f"{name} has {size} sequences (answers, or passages of a query), the examples "
+                f"before it have {self._group[0]}: all groups of a data set must be of one size"
+            )
+        found, before = (" and ".join(g[1]) or "no value" for g in (group, self._group))
+        raise DataError(
+            f"{name} has {found} of each passage, the examples before it have {before}: give all "
+            f"records of a data set the same"
+        )
 
     def skip(self, name: str, reason: str, detail: str = "") -> None:
         """Counts and lists a record that was left out.
@@ -226,8 +258,12 @@ class StoreWriter:
                 self._append("weights.bin", np.ones(ids.size, "<f4") if column is None else column)
         elif "weights.bin" in self._columns:
             self._append("weights.bin", np.ones(tokens.size, "<f4"))
-        if self._pairs:
+        if self._cuts and self._cuts[0]:
             self._append("cuts.bin", np.array(self._cuts, "<i8"))
+        for value, rows in self._values.items():
+            if rows:
+                self._append(VALUES[value], np.concatenate(rows))
+                rows.clear()
         self._append("keys.bin", np.array(self._keys, "<u8"))
         self._append("names.bin", b"".join(self._names))
         self._append("name_lengths.tmp", np.array([len(n) for n in self._names], "<i8"))

@@ -1,10 +1,12 @@
 """Sources as seqio tasks, and tasks as mixtures. Importing this imports TensorFlow.
 
 A task's examples have `tokens` (int32 ids, begin and end tokens included), `weights` (float32, the
-weight of each token as a target), `key`, `name`, `num_bytes` and `cut` (see `Example`).
+weight of each token as a target), `key`, `name`, `num_bytes`, `cuts` and one feature for each of
+an example's values (see `Example`).
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import re
@@ -18,6 +20,7 @@ import seqio
 import tensorflow as tf
 
 from tokjax.data.encoding import Encoder, Example
+from tokjax.data.rankings import Ranking
 from tokjax.data.reading import record_error
 from tokjax.data.sources import (
     Document,
@@ -27,6 +30,7 @@ from tokjax.data.sources import (
     read_documents,
     split_label,
 )
+from tokjax.data.store_format import VALUES
 from tokjax.data.vocabularies import SeqioVocabulary
 from tokjax.errors import ConfigError, DataError, TokjaxError, nearest
 
@@ -39,7 +43,11 @@ _FEATURES = {
     "key": tf.TensorSpec([], tf.string),  # type: ignore[abstract]
     "name": tf.TensorSpec([], tf.string),  # type: ignore[abstract]
     "num_bytes": tf.TensorSpec([], tf.int64),  # type: ignore[abstract]
-    "cut": tf.TensorSpec([], tf.int64),  # type: ignore[abstract]
+    "cuts": tf.TensorSpec([None], tf.int64),  # type: ignore[abstract]
+    **{
+        name: tf.TensorSpec([None], tf.float32)  # type: ignore[abstract]
+        for name in VALUES
+    },
 }
 
 
@@ -188,6 +196,7 @@ def _facts(document: Document) -> dict[str, Any]:
         "end_weight": document.end_weight,
         "by_token": document.by_token,
         "rejected": rejected and {**_facts(rejected), "text": rejected.text},
+        "ranking": document.ranking and dataclasses.asdict(document.ranking),
     }
 
 
@@ -199,6 +208,10 @@ def _document(text: str, loaded: dict[str, Any]) -> Document:
     if loaded["rejected"] is not None:
         rejected = dict(loaded["rejected"])
         loaded["rejected"] = _document(rejected.pop("text"), rejected)
+    if loaded["ranking"] is not None:
+        facts = loaded["ranking"].items()
+        parts: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in facts}
+        loaded["ranking"] = Ranking(**parts)
     for name in ("weights", "messages"):
         if loaded[name] is not None:
             items = loaded[name]
@@ -217,30 +230,39 @@ def _tokenize(source: Any, encoder: Encoder, inspector: Inspector) -> Callable[.
                 inspector.meet(result)
             else:
                 examples.append(result)
-        none = np.zeros(0)
-        tokens = [e.tokens for e in examples]
-        weights = [np.ones(e.tokens.size) if e.weights is None else e.weights for e in examples]
+        columns = {
+            "tokens": [e.tokens for e in examples],
+            "weights": [
+                np.ones(e.tokens.size) if e.weights is None else e.weights for e in examples
+            ],
+            "cuts": [np.array(e.cuts, np.int64) for e in examples],
+            **{v: [e.values.get(v, np.zeros(0)) for e in examples] for v in VALUES},
+        }
+        ragged = []
+        for name, parts in columns.items():
+            dtype = _FEATURES[name].dtype.as_numpy_dtype
+            ragged.append(np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype))
+            ragged.append(np.cumsum([0, *(part.size for part in parts)], dtype=np.int64))
         return (
-            np.concatenate([none, *tokens]).astype(np.int32),
-            np.concatenate([none, *weights]).astype(np.float32),
-            np.cumsum([0, *(e.tokens.size for e in examples)], dtype=np.int64),
+            *ragged,
             np.array([e.key.encode() for e in examples], object),
             np.array([e.name.encode("utf-8", "replace") for e in examples], object),
             np.array([e.num_bytes for e in examples], np.int64),
-            np.array([e.cut for e in examples], np.int64),
         )
 
     watched = inspector.watched(encode)
-    types = [tf.int32, tf.float32, tf.int64, tf.string, tf.string, tf.int64, tf.int64]
+    names = ("tokens", "weights", "cuts", *VALUES)
+    types = [t for name in names for t in (_FEATURES[name].dtype, tf.int64)]
+    types += [tf.string, tf.string, tf.int64]
 
     def batch(element: Mapping[str, Any]) -> dict[str, Any]:
         arrays = tf.numpy_function(watched, [element["text"], element["facts"]], types)
-        tokens, weights, splits, *rest = [tf.ensure_shape(array, [None]) for array in arrays]
+        arrays = [tf.ensure_shape(array, [None]) for array in arrays]
         rows = {
-            name: _ragged(values, splits, validate=False)
-            for name, values in (("tokens", tokens), ("weights", weights))
+            name: _ragged(arrays[2 * i], arrays[2 * i + 1], validate=False)
+            for i, name in enumerate(names)
         }
-        return {**rows, **dict(zip(("key", "name", "num_bytes", "cut"), rest, strict=True))}
+        return rows | dict(zip(("key", "name", "num_bytes"), arrays[-3:], strict=True))
 
     def preprocess(dataset: tf.data.Dataset) -> tf.data.Dataset:
         dataset = dataset.batch(_together(source))
@@ -279,7 +301,8 @@ def task_examples(task: seqio.Task, source: Any, inspector: Inspector) -> Iterat
             element["tokens"],
             None if (weights == 1).all() else weights,
             int(element["num_bytes"]),
-            int(element["cut"]),
+            tuple(element["cuts"].tolist()),
+            {name: element[name] for name in VALUES if element[name].size},
         )
 
 

@@ -119,6 +119,15 @@ def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
     )
 
 
+def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Returns whether each id stands for the same text, whatever else tokenizers say of theirs."""
+    if one.fingerprint == other.fingerprint:
+        return True
+    if (one.vocab_size, one.special_tokens) != (other.vocab_size, other.special_tokens):
+        return False
+    return all(one.token_bytes(i) == other.token_bytes(i) for i in range(one.vocab_size))
+
+
 def sequence_ends(config: TokenizerConfig, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Returns the ids to put before and after every sequence.
 

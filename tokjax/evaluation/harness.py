@@ -6,6 +6,7 @@ from typing import Any
 
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 
+from tokjax import strategies
 from tokjax.data.chat import chat_template
 from tokjax.errors import ConfigError
 from tokjax.evaluation.requests import fitted, rolling_pairs, split_pair, writing
@@ -46,7 +47,7 @@ class HarnessModel(LM):
         """
         super().__init__()
         self.lm, self.batch_size, self.seed = lm, batch_size, seed
-        self.strategy, self.options = strategy, dict(options or {})
+        self.strategy, self.options = strategy, dict(strategies.opened(strategy, options or {}))
         self.truncated = 0
         self._chat = False  # until the harness asks for a chat, special tokens are plain text
         if lm.tokenizer.bos_id is not None:

@@ -21,6 +21,7 @@ from tokjax.finetuning.sft import loss_weights
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
 from tokjax.signals import token_stats
+from tokjax.signals.divergences import kl_estimate
 from tokjax.training.objective import Aux, Loss, PerToken
 from tokjax.training.passes import forward, plain_nll
 from tokjax.training.reference import init_reference, reference_pass
@@ -113,23 +114,6 @@ class StarDSS(PerToken):
 
     def _estimate(self, divergence: Array) -> Array:
         return divergence if self.kl == "full" else kl_estimate(divergence, self.kl)
-
-
-def kl_estimate(log_ratio: Float[Array, "*n"], kind: str) -> Float[Array, "*n"]:
-    """Returns the estimate of KL(pi || pi_ref) from one token's log pi / pi_ref, in nats.
-
-    Args:
-        log_ratio: r.
-        kind: "k1" is r, "k2" is r^2 / 2, "k3" is e^-r - 1 + r.
-
-    >>> [round(float(kl_estimate(jnp.float32(0.2), kind)), 4) for kind in ("k1", "k2", "k3")]
-    [0.2, 0.02, 0.0187]
-    """
-    if kind == "k1":
-        return log_ratio
-    if kind == "k2":
-        return 0.5 * jnp.square(log_ratio)
-    return jnp.expm1(-log_ratio) + log_ratio
 
 
 def chunk_ends(prompt: int, length: int, size: int) -> np.ndarray:

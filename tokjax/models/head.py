@@ -1,5 +1,7 @@
 """The output head: how final hidden states become logits."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -64,6 +66,44 @@ def from_products(head: Head, z: Float[Array, "N V"]) -> Float[Array, "N V"]:
     if head.softcap is not None:
         z = head.softcap * jnp.tanh(z / head.softcap)
     return z
+
+
+def sum_of_logits(
+    parts: Sequence[tuple[Float[Array, "B T _"], Head]], weights: Sequence[float], vocab_size: int
+) -> tuple[Float[Array, "B T D"], Head]:
+    """Returns hidden states and a head whose logits are the weighted sum of others'.
+
+    States lie side by side, and so do the tables: the product adds up all widths in float32.
+
+    Args:
+        parts: hidden states of models over the same ids, each with its head.
+        weights: of the logits of each.
+        vocab_size: ids that are kept, from 0.
+
+    Raises:
+        ValueError: a head caps its logits: those are no products.
+
+    >>> one = jnp.ones((1, 1, 2)), Head(jnp.eye(2))
+    >>> two = jnp.ones((1, 1, 1)), Head(jnp.ones((3, 1)))
+    >>> x, head = sum_of_logits([one, two], [1.0, 2.0], 2)
+    >>> logits(head, x[0]).tolist()
+    [[3.0, 3.0]]
+    """
+    dtype = jnp.result_type(*(x.dtype for x, _ in parts))
+    scale = parts[0][1].scale
+    states, tables, bias = [], [], None
+    for (x, head), weight in zip(parts, weights, strict=True):
+        if head.softcap is not None:
+            raise ValueError(f"softcap={head.softcap}: capped logits are no products to be added")
+        factor = weight * head.scale / scale
+        x = x.astype(dtype)
+        states.append(x if factor == 1.0 else (x * jnp.asarray(factor, dtype)))
+        tables.append(head.table[:vocab_size].astype(dtype))
+        if head.bias is not None:
+            own = factor * head.bias[:vocab_size].astype(jnp.float32)
+            bias = own if bias is None else bias + own
+    table = jnp.concatenate(tables, axis=-1)
+    return jnp.concatenate(states, axis=-1), Head(table, bias, scale=scale)
 
 
 def logits_vjp(

@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool, Float
 
 from tokjax.config import register
 from tokjax.data.batch import Batch
-from tokjax.errors import ConfigError
+from tokjax.errors import ConfigError, nearest
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
+from tokjax.preference.mismatched import mismatched
 from tokjax.signals.packed import packed_sums
 from tokjax.training.objective import Aux, Loss, PerToken
 from tokjax.training.reference import init_reference, log_ratios, sample_sums
@@ -53,19 +54,20 @@ def kto_loss(
 class KTO(PerToken):
     """The loss of rated answers, averaged over answers.
 
-    Bad answers are those whose targets weigh below 0 (source kind "rated"). z0 is the mean
-    log-ratio of the batch's own answers, unweighted, at least 0; with `kl_decay` a moving average
-    of it. (The paper estimates it from mismatched prompts and answers, for which a batch of packed
-    rows has no room; its own experiments find the loss robust to a cruder estimate.)
+    Bad answers are those whose targets weigh below 0 (source kind "rated"). The reference point z0
+    is the mean log-ratio of answers, unweighted, at least 0; with `kl_decay` a moving average of
+    it. The paper takes answers beside prompts they do not belong to, "mismatched", which costs a
+    second pass of both models; the batch's own answers cost nothing.
     """
 
     evaluates: ClassVar[bool] = True
-    relative_cost: ClassVar[float] = 4 / 3  # the reference's pass
 
     beta: float = 0.1  # inverse temperature of the implicit reward
     good_weight: float = 1.0  # lambda of good answers
     bad_weight: float = 1.0  # lambda of bad answers
-    kl: Literal["batch", "none"] = "batch"  # how z0 is estimated; "none" takes 0
+    # answers that z0 is estimated on: the batch's own, the same beside the prompt of the sample
+    # before each, or none, which makes it 0
+    reference_point: Literal["batch", "mismatched", "none"] = "batch"
     kl_decay: float = 0.0  # of the moving average of z0; 0 takes each micro-batch's own
 
     def __post_init__(self):
@@ -76,6 +78,17 @@ class KTO(PerToken):
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.kl_decay < 1:
             raise ConfigError(f"kl_decay={self.kl_decay} must be at least 0 and below 1")
+        choices = ("batch", "mismatched", "none")
+        if self.reference_point not in choices:
+            raise ConfigError(
+                f"unknown reference_point={self.reference_point!r}."
+                f"{nearest(str(self.reference_point), choices)}"
+            )
+
+    @property
+    def relative_cost(self) -> float:
+        """Passes of the reference, and those that z0 takes, beside the three of training."""
+        return 2.0 if self.reference_point == "mismatched" else 4 / 3
 
     def init(self, key: jax.Array, model: Transformer, params: Params) -> Aux:
         """Returns the reference, and z0's moving average."""
@@ -90,7 +103,7 @@ class KTO(PerToken):
         counted = packed_sums((batch.weights != 0).astype(jnp.float32), batch.segment_ids, num) > 0
         good = packed_sums(jnp.sign(batch.weights), batch.segment_ids, num) > 0
         ratios = sample_sums(found.ratio, batch)
-        kl = self._kl(found.ratio, counted, aux["kl"], batch)
+        kl = self._kl(model, params, aux, batch, found.ratio)
         losses = kto_loss(ratios, good, kl, self.beta, self.good_weight, self.bad_weight)
         count = counted.sum().astype(jnp.float32)
         rewards = self.beta * ratios
@@ -103,13 +116,19 @@ class KTO(PerToken):
         total = jnp.where(counted, losses, 0.0).sum()
         return Loss(total, count, metrics, {**aux, "kl": kl})
 
-    def _kl(self, ratio: Array, counted: Array, before: Array, batch: Batch) -> Array:
+    def _kl(
+        self, model: Transformer, params: Params, aux: Aux, batch: Batch, ratio: Array
+    ) -> Array:
         """Returns z0, a constant of the gradient."""
-        if self.kl == "none":
+        if self.reference_point == "none":
             return jnp.zeros(())
+        if self.reference_point == "mismatched":
+            batch = mismatched(batch)
+            fixed = jax.lax.stop_gradient(params)
+            ratio = log_ratios(model, fixed, aux["reference"], batch).ratio
         num = batch.example_id.shape[1]
-        plain = packed_sums(jnp.where(batch.weights != 0, ratio, 0.0), batch.segment_ids, num)
-        count = jnp.maximum(counted.sum().astype(jnp.float32), 1.0)
-        own = jnp.maximum(jnp.where(counted, plain, 0.0).sum() / count, 0.0)
-        kl = self.kl_decay * before + (1 - self.kl_decay) * own
+        each = packed_sums((batch.weights != 0).astype(jnp.float32), batch.segment_ids, num)
+        count = jnp.maximum((each > 0).sum().astype(jnp.float32), 1.0)
+        total = jnp.where(batch.weights != 0, ratio, 0.0).sum()
+        kl = self.kl_decay * aux["kl"] + (1 - self.kl_decay) * jnp.maximum(total / count, 0.0)
         return jax.lax.stop_gradient(kl)

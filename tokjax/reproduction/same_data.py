@@ -32,6 +32,16 @@ class LaterSteps:
         """Names of the batches' channels."""
         return self.loader.channels
 
+    @property
+    def value_names(self) -> tuple[str, ...]:
+        """Names of the batches' values of segments."""
+        return self.loader.value_names
+
+    @property
+    def group(self) -> int:
+        """Segments of an example."""
+        return self.loader.group
+
     def shape(self, step: int) -> tuple[int, int, int]:
         """Returns (B, T, S) of the global batch of a step."""
         return self.loader.shape(step + self.first_step)

@@ -9,10 +9,22 @@ from tokjax.selection.gradient import Gradient
 from tokjax.selection.scoring import PoolSelector, Selector
 from tokjax.selection.shad import Shad
 from tokjax.selection.trim import Trim
+from tokjax.selection.tvm import Tvm
 
-__all__ = ["NAMES", "Gradient", "Longest", "Loss", "Random", "Rds", "Shad", "Trim", "selector"]
+__all__ = [
+    "NAMES",
+    "Gradient",
+    "Longest",
+    "Loss",
+    "Random",
+    "Rds",
+    "Shad",
+    "Trim",
+    "Tvm",
+    "selector",
+]
 
-NAMES = ("trim", "random", "longest", "loss", "rds", "gradient", "shad")
+NAMES = ("trim", "random", "longest", "loss", "rds", "gradient", "shad", "tvm")
 
 
 def selector(name: str, options: Mapping[str, Any]) -> Selector | PoolSelector:

@@ -118,7 +118,10 @@ def _cards(selection: Selection) -> str:
     cards = [
         (f"{counts['kept']:,}", "examples kept"),
         (f"{counts['dropped']:,}", "examples dropped"),
-        (f"{counts['unscored']:,}", "of these without a token that counts"),
+        (
+            f"{counts['unscored']:,}",
+            "of these without a score: no token that counts, or left out by the method",
+        ),
         (_number(lengths[keep].mean() if keep.any() else None), "tokens of a kept example, mean"),
         (
             _number(lengths[~keep].mean() if (~keep).any() else None),

@@ -100,3 +100,23 @@ def layer_divergences(
     pairs = (by_token(states), by_token(others))
     found_NL = jax.lax.map(of_token, pairs, batch_size=_TOKENS_AT_A_TIME)
     return found_NL.T.reshape(L, B, T)
+
+
+def kl_estimate(log_ratio: Float[Array, "*n"], kind: str) -> Float[Array, "*n"]:
+    """Returns the estimate of KL(pi || pi_ref) from one token's log pi / pi_ref, in nats.
+
+    The token is one drawn from pi. k1 is unbiased but may be negative; k3 is neither (Schulman,
+    "Approximating KL Divergence", 2020).
+
+    Args:
+        log_ratio: r.
+        kind: "k1" is r, "k2" is r^2 / 2, "k3" is e^-r - 1 + r.
+
+    >>> [round(float(kl_estimate(jnp.float32(0.2), kind)), 4) for kind in ("k1", "k2", "k3")]
+    [0.2, 0.02, 0.0187]
+    """
+    if kind == "k1":
+        return log_ratio
+    if kind == "k2":
+        return 0.5 * jnp.square(log_ratio)
+    return jnp.expm1(-log_ratio) + log_ratio

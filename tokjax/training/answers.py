@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from tokjax.decoding.engine import decode
+from tokjax.decoding.predictors import as_predictor
 from tokjax.decoding.prompts import Prompts
 from tokjax.decoding.stops import on_tokens
 from tokjax.files import write_atomically
@@ -59,7 +60,7 @@ def questions(store: Any, limit: int | None) -> list[Question]:
     return found
 
 
-def answer_all(run: Run, params: Any, asked: list[Question]) -> list[Answer]:
+def answer_all(run: Run, model: Any, params: Any, asked: list[Question]) -> list[Answer]:
     """Returns the greedy answer to each question, of at most the configured number of tokens.
 
     Questions without room for it within the model's positions are answered by an empty text, which
@@ -68,7 +69,7 @@ def answer_all(run: Run, params: Any, asked: list[Question]) -> list[Answer]:
     config, tokenizer = run.config.evaluation.answers, run.tokenizer
     assert config is not None
     ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    room = run.model.config.max_positions - config.max_new_tokens
+    room = as_predictor(model).max_positions - config.max_new_tokens
     fits = [i for i, q in enumerate(asked) if len(q.prompt) <= room]
     order = sorted(fits, key=lambda i: len(asked[i].prompt))  # rows of one length share a bucket
     texts = [""] * len(asked)
@@ -77,7 +78,7 @@ def answer_all(run: Run, params: Any, asked: list[Question]) -> list[Answer]:
         # The last chunk is filled up, so that one program serves all.
         rows = [asked[i].prompt for i in (chunk + chunk[-1:] * _ROWS)[:_ROWS]]
         generation = decode(
-            run.model,
+            model,
             params,
             Prompts.of([list(row) for row in rows]),
             max_new_tokens=config.max_new_tokens,
@@ -101,18 +102,26 @@ def accuracy(answers: list[Answer]) -> float:
     return float(np.mean([a.score for a in answers])) if answers else float("nan")
 
 
-def evaluate_answers(run: Run, params: Any) -> tuple[dict[str, float], dict[str, list[Answer]]]:
-    """Returns `eval/<set>/accuracy` of every set that has questions, and the answers."""
+def evaluate_answers(
+    run: Run, model: Any, params: Any
+) -> tuple[dict[str, float], dict[str, list[Answer]]]:
+    """Returns `eval/<set>/accuracy` of every set that has questions, and the answers.
+
+    Args:
+        run: whose evaluation sets are asked.
+        model: a `Transformer` or a `Predictor`, which answers.
+        params: its parameters.
+    """
     config, found, told = run.config.evaluation.answers, {}, {}
     if config is None:
         return {}, {}
     params = jax.block_until_ready(params)
     for name, store in run.eval_stores.items():
-        if store.has_pairs or not store.has_weights:  # pairs, or texts without prompts
+        if store.sequences > 1 or not store.has_weights:  # groups, or texts without prompts
             continue
         if not (asked := questions(store, config.max_examples)):
             continue
-        told[name] = answer_all(run, params, asked)
+        told[name] = answer_all(run, model, params, asked)
         found[f"eval/{name}/accuracy"] = accuracy(told[name])
     return found, told
 

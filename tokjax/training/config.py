@@ -14,20 +14,27 @@ from tokjax.finetuning import (
     rft,
     sft,
     star_dss,
+    tvm,
 )
+from tokjax.gflownet import flower, lacot
 from tokjax.models.config import ModelConfig
 from tokjax.parallel.mesh import MeshConfig
 from tokjax.preference import dpo, figa, kto
 from tokjax.pretraining.next_token import NextToken
 from tokjax.pretraining.patch_training import Patch
+from tokjax.retrieval import dear
+from tokjax.rl import policy, ppo, unir
 from tokjax.training.optimizers import AdamW, Cosine
 from tokjax.training.retention import CheckpointConfig
 from tokjax.verifiers import ExactMatch
 
 # Importing a method registers it.
 METHODS = (
-    *(sft, rft, q_tuning, dft, one_token_rollout, star_dss, cat_attention),
+    *(sft, rft, q_tuning, dft, one_token_rollout, star_dss, cat_attention, tvm),
     *(dpo, figa, kto),
+    *(policy, ppo, unir),
+    *(flower, lacot),
+    dear,
 )
 
 __all__ = ["METHODS", "NextToken", "Patch", "SampleConfig", "StageConfig", "TrainConfig"]
@@ -40,8 +47,11 @@ class StageConfig:
     objective: Annotated[Any, Choice("objective")] = NextToken()  # what is minimised
     share: float = 1.0  # share of the run's data tokens; the shares of all stages sum to 1
     keep_optimizer: bool = False  # carry the optimiser's moments over from the stage before
+    rate: float = 1.0  # factor of optimizer.peak_lr in this stage
 
     def __post_init__(self):
+        if not self.rate > 0:
+            raise ConfigError(f"rate={self.rate} must be above 0")
         if not 0 < self.share <= 1:
             raise ConfigError(f"share={self.share} must be above 0 and at most 1")
 

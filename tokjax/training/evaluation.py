@@ -37,7 +37,8 @@ def evaluate(run: Run, params: Any, max_batches: int | None, aux: Any = ()) -> d
     for name, loader in run.eval_loaders.items():
         last = run.stages[-1].objective
         own = getattr(last, "evaluates", False)
-        objective = last if own else _OBJECTIVE
+        # It may name another objective to evaluate by.
+        objective = _OBJECTIVE if not own else last if own is True else own
         step = make_eval_step(run.model, objective)
         sums = Accumulator()
         batches = len(loader) if max_batches is None else min(max_batches, len(loader))

@@ -56,6 +56,11 @@ def provenance(run: Run) -> dict[str, Any]:
         "vocab_size": run.model.config.vocabulary,
         "tokenizer": run.tokenizer.fingerprint,
         "init_from": None if run.initial is None else run.initial.fingerprint(),
+        "frozen": {
+            f"{stage.name}.{name}": each.initial.fingerprint()
+            for stage in run.stages
+            for name, each in run.frozen_models(stage).items()
+        },
         "versions": versions(),
         "seed": run.config.seed,
         "git": git_state(Path(__file__).parent),
@@ -133,11 +138,16 @@ def banner_facts(
     return {
         "model": {
             "parameters": si(sum(counts.values())),
-            **({"trained": si(_size(state.params))} if state.frozen else {}),
+            **({"trained": si(_size(state.params))} if config.model.lora is not None else {}),
             **{f"  {part}": si(count) for part, count in counts.items()},
             "layers x width": f"{model.n_layers} x {model.d_model}",
             "vocabulary": f"{model.vocabulary} ({config.data.tokenizer.name})",
             "compute, parameters": f"{model.dtype}, {model.param_dtype}",
+            **{
+                f"frozen {name}": f"{each.initial.name}, {si(each.parameters)}"
+                for stage in run.stages
+                for name, each in run.frozen_models(stage).items()
+            },
         },
         "data": {
             "examples": f"{data['examples']:,}",

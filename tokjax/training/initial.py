@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tokjax.config import resolve
 from tokjax.data.cache import cache_directory
@@ -20,6 +21,7 @@ from tokjax.errors import ConfigError
 from tokjax.models import checkpoints, lora
 from tokjax.models.config import ModelConfig
 from tokjax.models.transformer import Transformer
+from tokjax.training.objective import HEADS, init_heads
 from tokjax.training.run_facts import RUN_FILE, read_run
 
 # What a run may choose whatever the checkpoint's model is.
@@ -65,10 +67,36 @@ class Initial:
             return resolve(TokenizerConfig, tree)
         return checkpoint_tokenizer(self.path)
 
-    def load(self, config: ModelConfig, mesh: Mesh | None) -> Mapping[str, Any]:
+    def abstract_heads(self, model: Transformer) -> dict[str, Any]:
+        """Returns shapes and dtypes of the heads that the run trained last.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        heads: dict[str, Any] = {}
+        if self.is_run:
+            from tokjax.training.trained import read_trained
+
+            last, key = read_trained(self.path).config.stage_list[-1].objective, jax.random.key(0)
+            heads = jax.eval_shape(lambda key: init_heads(last, key, model), key)
+        if not heads:
+            raise ConfigError(
+                f"{self.name!r} has no heads: name the workdir of a run whose last objective "
+                f"trains some"
+            )
+        return heads[HEADS]
+
+    def load(
+        self, config: ModelConfig, mesh: Mesh | None, *, heads: bool = False
+    ) -> Mapping[str, Any]:
         """Returns the parameters, of the type and on the devices the run wants them.
 
         A run's adapters are merged.
+
+        Args:
+            config: of the model that takes them.
+            mesh: the devices; None takes the first.
+            heads: with those of the run's last objective, under `heads`.
 
         Raises:
             CheckpointError: files are missing or damaged.
@@ -81,7 +109,11 @@ class Initial:
         params = found.params
         if found.model.config.lora is not None:
             params = lora.merge(found.model, params)[1]
-        return jax.tree.map(lambda p: p.astype(config.param_dtype), dict(params))
+        read = jax.tree.map(lambda p: p.astype(config.param_dtype), dict(params))
+        if not heads:
+            return read
+        everywhere = None if mesh is None else NamedSharding(mesh, P())
+        return {**read, HEADS: jax.device_put(dict(found.heads), everywhere)}
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 (hex) of the checkpoint's contents."""

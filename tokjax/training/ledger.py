@@ -17,6 +17,7 @@ CATEGORIES = (
     "start_up",
     "compile",
     "data_wait",
+    "rollout",
     "step",
     "eval",
     "save",
@@ -26,7 +27,7 @@ CATEGORIES = (
     "lost",
 )
 _FORMAT = 1
-_REDONE = ("step", "data_wait")  # the categories that make up the duration of a step
+_REDONE = ("step", "data_wait", "rollout")  # the categories that make up the duration of a step
 _MAX_MARKS = 512
 
 

@@ -35,7 +35,7 @@ from tokjax.training.progress import Progress, banner
 from tokjax.training.report import write_report
 from tokjax.training.run import Run, Stage, reset_for_stage
 from tokjax.training.run_facts import add_sample, read_samples, update_run
-from tokjax.training.state import TrainState
+from tokjax.training.state import TrainState, with_models
 from tokjax.training.workdir import lock_workdir
 
 NONFINITE_FILE = "nonfinite.json"
@@ -113,7 +113,11 @@ class _Training:
         )
         self.compiles = stack.enter_context(CompileWatch())
         self.provenance = facts.provenance(run)
-        self.pending: tuple[int, Any] | None = None  # metrics of a step that may still be running
+        # Metrics of a step that may still be running, and what its batch was collected with.
+        self.pending: tuple[int, Any, dict[str, float]] | None = None
+        self.collector: Any = None  # makes the batches of a stage that collects its own
+        self.objective = run.stages[0].objective  # that the state is of
+        self.save_due = False
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.sampled = self.saved = -1
         self.skipped = 0
@@ -137,9 +141,10 @@ class _Training:
             return run.abstract_state(run.stage_at(max(step - 1, 0)))
 
         restored = self.checkpointer.restore(lambda step: _kept(template(step)))
-        initial = run.initial_params() if restored is None or template(0).frozen else None
+        adapted = run.model.config.lora is not None
+        initial = run.initial_params() if restored is None or adapted else None
         if restored is None:
-            shardings = jax.tree.map(lambda s: s.sharding, template(0))
+            shardings = jax.tree.map(lambda s: s.sharding, with_models(template(0), {}))
             init = jax.jit(partial(run.init_state, run.stages[0]), out_shardings=shardings)
             return init(initial), 0
         for lost in restored.lost_steps:
@@ -174,6 +179,8 @@ class _Training:
         compiled = None
         if step < run.total_steps:
             state, compiled = self.enter_stage(state, stage, step)
+        else:
+            state = self.with_frozen(state, stage)
         self.announce(state, step, compiled, peak, lost)
         stack.enter_context(self.progress)
         try:
@@ -202,14 +209,21 @@ class _Training:
     def enter_stage(self, state: TrainState, stage: Stage, step: int) -> tuple[TrainState, Any]:
         """Returns the state to begin or continue a stage with, and the stage's compiled step."""
         run = self.run
-        with self.ledger.measure("compile"), self.progress.pause():
-            if step == stage.first_step and step > 0:
-                shardings = jax.tree.map(lambda s: s.sharding, run.abstract_state(stage))
+        if step == stage.first_step and step > 0:
+            with self.ledger.measure("compile"), self.progress.pause():
+                abstract = with_models(run.abstract_state(stage), {})
+                shardings = jax.tree.map(lambda s: s.sharding, abstract)
                 reset = jax.jit(
                     lambda state: reset_for_stage(run, stage, state), out_shardings=shardings
                 )
-                state = reset(state)
+                state = reset(with_models(state, {}))
                 self.progress.message(f"step {step}: stage {stage.name!r} begins")
+        state = self.with_frozen(state, stage)
+        with self.ledger.measure("compile"), self.progress.pause():
+            self.collector = None
+            make = getattr(stage.objective, "collector", None)
+            if make is not None:
+                self.collector = self.stack.enter_context(make(run, stage, self.workdir))
             abstract = run.abstract_state(stage)
             shardings = jax.tree.map(lambda s: s.sharding, abstract)
             batch = self.abstract_batch(step)
@@ -219,6 +233,12 @@ class _Training:
                 .compile()
             )
         return state, compiled
+
+    def with_frozen(self, state: TrainState, stage: Stage) -> TrainState:
+        """Returns the state with the models that a stage's objective reads."""
+        self.objective = stage.objective
+        with self.ledger.measure("start_up"):
+            return with_models(state, self.run.frozen_params(stage))
 
     def batch(self, step: int) -> Any:
         """Returns the global batch of a step, on the devices."""
@@ -230,6 +250,11 @@ class _Training:
     def abstract_batch(self, step: int) -> Batch:
         """Returns shapes and shardings of the batch of a step."""
         rows, tokens, segments = self.run.loader.shape(step)
+        names: Any = self.run.loader.channels
+        values, group = self.run.loader.value_names, self.run.loader.group
+        if self.collector is not None:  # one answer a row
+            tokens, segments, names = self.run.config.data.seq_len, 1, self.collector.channels
+            values, group = (), 1
         by_token = self.run.batch_sharding
         by_row = NamedSharding(by_token.mesh, P(*by_token.spec[:1]))
 
@@ -239,39 +264,74 @@ class _Training:
         ints = array(tokens, jnp.int32, by_token)
         floats = array(tokens, jnp.float32, by_token)
         examples = array(segments, jnp.int32, by_row)
-        channels = dict.fromkeys(self.run.loader.channels, floats)
-        return Batch(ints, ints, ints, ints, floats, examples, channels)  # type: ignore[arg-type]
+        channels = dict.fromkeys(names, floats)
+        by_segment = dict.fromkeys(values, array(segments, jnp.float32, by_row))
+        parts: Any = (ints, ints, ints, ints, floats, examples, channels, by_segment, group)
+        return Batch(*parts)
 
     def run_stage(self, state, stage: Stage, compiled, step: int) -> tuple[TrainState, int]:
         """Trains to the end of a stage, or until asked to stop."""
-        depth = self.run.config.data.prefetch
-        with prefetch(self.batch, step, stage.end, depth) as feed:
+        with contextlib.ExitStack() as stack:
+            if self.collector is None:
+                depth = self.run.config.data.prefetch
+                feed = stack.enter_context(prefetch(self.batch, step, stage.end, depth))
             while step < stage.end:
-                with self.ledger.measure("data_wait"):
-                    batch = next(feed)
+                collected: dict[str, float] = {}
+                if self.collector is None:
+                    with self.ledger.measure("data_wait"):
+                        batch = next(feed)
+                else:
+                    batch, collected = self.collect(state, step - stage.first_step)
+                    if collected and self.stopping(step):
+                        break  # asked to while answers were collected: they will be again
                 with self.ledger.measure("step"), self.compiles.none_expected(step, self.warn):
                     state, metrics = compiled(state, batch)
                     # Read one step late, so that the device never waits for this process.
                     self.read_metrics()
-                    self.pending = (step + 1, metrics)
+                    self.pending = (step + 1, metrics, collected)
                 step += 1
                 self.ledger.at_step(step)
-                stopping = self.stop.at(step)
-                self.after_step(state, step, stopping)
+                stopping = self.stopping(step, stage)
+                self.after_step(state, step, stopping, stage)
                 if stopping:
                     break
         with self.ledger.measure("step"):
             self.read_metrics()
         return state, step
 
-    def after_step(self, state: TrainState, step: int, stopping: bool) -> None:
+    def collect(self, state: TrainState, step: int) -> tuple[Batch, dict[str, float]]:
+        """Returns the batch of a step of the stage; metrics with the first of a collection."""
+        with self.ledger.measure("step"):
+            self.read_metrics()  # the parameters are waited for anyway
+        with self.ledger.measure("rollout"), self.progress.pause():
+            batch, metrics, warnings = self.collector.batch(state, step)
+        for warning in warnings:
+            self.warn(warning)
+        return batch, metrics
+
+    def between_collections(self, stage: Stage, step: int) -> bool:
+        """Returns whether nothing that was collected is left to be trained on."""
+        if self.collector is None or step == stage.end:
+            return True
+        return (step - stage.first_step) % self.collector.period == 0
+
+    def stopping(self, step: int, stage: Stage | None = None) -> bool:
+        """Returns whether to stop here: where a collection is used up, if asked to by then."""
+        if stage is None:  # right behind a collection: only a single process may leave alone
+            return self.stop.signal is not None and jax.process_count() == 1
+        asked = self.stop.at(step) or self.stop.signal is not None
+        return asked and self.between_collections(stage, step)
+
+    def after_step(self, state: TrainState, step: int, stopping: bool, stage: Stage) -> None:
         """Evaluates, samples and saves when it is time to."""
         last = step == self.run.total_steps
         if not stopping and self.evaluation_due(step):
             self.evaluate(state, step)
         if not stopping and self.sample_due(step):
             self.sample(state, step)
-        if stopping or last or self.checkpointer.due(step):
+        self.save_due |= self.checkpointer.due(step)
+        if stopping or last or (self.save_due and self.between_collections(stage, step)):
+            self.save_due = False
             self.save(state, step)
 
     def evaluation_due(self, step: int) -> bool:
@@ -291,15 +351,17 @@ class _Training:
         """Reads the metrics of the step before, logs them, and applies `on_nonfinite`."""
         if self.pending is None:
             return
-        step, metrics = self.pending
+        step, metrics, collected = self.pending
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         finite = values.pop("finite") == 1.0
         if not finite:
             self.nonfinite(step, values)
-        self.progress.update(step, loss=values["loss"])
-        if step % self.run.config.log_every == 0 or step == self.run.total_steps or not finite:
-            values |= self.progress.rates()
+        shown = {"reward": collected["reward/mean"]} if "reward/mean" in collected else {}
+        self.progress.update(step, loss=values["loss"], **shown)
+        due = step % self.run.config.log_every == 0 or step == self.run.total_steps
+        if due or not finite or collected:
+            values |= self.progress.rates() | collected
             values["tokens"] = float(self.tokens_seen(step))
             if self.skipped:
                 values["skipped_updates"] = float(self.skipped)
@@ -314,8 +376,10 @@ class _Training:
 
     def nonfinite(self, step: int, values: Mapping[str, float]) -> None:
         """Records which examples gave a loss or gradient that is not finite; stops if told to."""
-        batch = self.run.loader.batch(step - 1)
-        ids = sorted({int(i) for i in batch.example_id.ravel() if i >= 0})
+        ids: list[int] = []  # what the model wrote itself is no example
+        if self.collector is None:
+            batch = self.run.loader.batch(step - 1)
+            ids = sorted({int(i) for i in batch.example_id.ravel() if i >= 0})
         record = {
             "step": step,
             "loss": str(values["loss"]),
@@ -361,7 +425,7 @@ class _Training:
             limit = self.run.config.evaluation.max_batches
             params = parameters_in_use(state)
             found = evaluate(self.run, params, limit, state.aux)
-            accuracies, answers = evaluate_answers(self.run, params)
+            accuracies, answers = evaluate_answers(self.run, *self.answering(state))
             found |= accuracies
             if self.first and answers:
                 write_answers(self.workdir, step, answers)
@@ -382,8 +446,7 @@ class _Training:
         self.sampled = step
         with self.ledger.measure("sample"), self.progress.pause():
             texts = generate_text(
-                self.run.model,
-                parameters_in_use(state),
+                *self.answering(state),
                 self.run.tokenizer,
                 list(config.prompts),
                 max_new_tokens=config.max_new_tokens,
@@ -395,6 +458,14 @@ class _Training:
             self.progress.message(f"step {step}: {prompt!r} -> {text!r}")
             if self.first:
                 add_sample(self.workdir, step, prompt, text)
+
+    def answering(self, state: TrainState) -> tuple[Any, Any]:
+        """Returns what answers prompts: the objective's policy, else the model; and parameters."""
+        params = parameters_in_use(state)
+        policy = getattr(self.objective, "policy", None)
+        if policy is None:
+            return self.run.model, params
+        return policy(self.run.model, params, state.aux)
 
     def save(self, state: TrainState, step: int) -> None:
         """Saves a checkpoint, unless that was done at this step."""

@@ -16,6 +16,7 @@ from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
 
 HEADS = "heads"  # the key of an objective's own parameters among those that are trained
+FROZEN = "frozen"  # the key of the models that an objective reads, beside those parameters
 Aux = Any  # extra trainable or running state of an objective; () when it has none
 Ratio = tuple[Float[Array, ""], Float[Array, ""]]
 
@@ -40,13 +41,21 @@ class Loss:
 class Objective(Protocol):
     """Something a model can be trained on.
 
-    Three more attributes are read where an objective has them: `reads_pairs` (it takes pairs of
-    answers and nothing else), `evaluates` (held-out data are evaluated by it, not by the next-token
-    loss) and `relative_cost` (model FLOPs of a step over those of next-token prediction).
+    More attributes are read where an objective has them: `reads_pairs` and `reads_rankings` (it
+    takes pairs of answers, or queries with passages, and nothing else), `evaluates` (held-out data
+    are evaluated by it, not by the next-token loss) and `relative_cost` (model FLOPs of a step over
+    those of next-token prediction).
 
     An objective with parameters of its own (a head of values or scores) has the method
     `init_heads(key, model) -> dict`: they are trained beside the model's by the same optimiser,
     kept in checkpoints, and given to `loss` as `params["heads"]`.
+
+    One that reads other models (a backbone, a teacher, a critic) has the method
+    `frozen(model) -> dict`, which names them; `loss` is given their parameters as
+    `params["frozen"]`, `init` is not. See `tokjax.training.frozen`.
+
+    One whose stage does not begin with the parameters as they are has the method
+    `begin(model, params) -> params`, which is given those that are trained.
     """
 
     @property
@@ -65,6 +74,38 @@ class Objective(Protocol):
         ...
 
 
+class Collector(Protocol):
+    """Makes the batches of a stage from the model in training.
+
+    An objective whose data the model makes itself (reinforcement learning) has the method
+    `collector(run, stage, workdir) -> Collector`, a context manager that is open while the stage
+    runs. A collection serves `period` steps: the run stops and saves only between collections,
+    which are functions of the seed, the step and the parameters, so that it resumes exactly.
+
+    Attributes:
+        period: steps that one collection serves.
+        channels: names of the values beside each target, as in `Batch.channels`.
+    """
+
+    period: int
+    channels: tuple[str, ...]
+
+    def batch(self, state: Any, step: int) -> tuple[Batch, dict[str, float], list[str]]:
+        """Returns the batch of a step of the stage (from 0) on the devices.
+
+        And, with the first batch of a collection, its metrics and what people should be warned of.
+
+        Args:
+            state: before the step.
+            step: within the stage; the same collection's steps are asked for in order.
+        """
+        ...
+
+    def __enter__(self) -> "Collector": ...
+
+    def __exit__(self, *error: Any) -> None: ...
+
+
 def init_heads(objective: Objective, key: jax.Array, model: Transformer) -> dict[str, Any]:
     """Returns the objective's own parameters as a part of those that are trained, or nothing.
 
@@ -75,6 +116,11 @@ def init_heads(objective: Objective, key: jax.Array, model: Transformer) -> dict
     """
     make = getattr(objective, "init_heads", None)
     return {} if make is None else {HEADS: make(key, model)}
+
+
+def of_model(params: Params) -> dict[str, Any]:
+    """Returns a model's own parameters: those without what belongs to the objective."""
+    return {name: value for name, value in params.items() if name not in (HEADS, FROZEN)}
 
 
 class PerToken:

@@ -17,14 +17,13 @@ from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
 from tokjax.signals import token_stats
 from tokjax.signals.packed import packed_sums
-from tokjax.training.objective import HEADS, Aux
+from tokjax.training.objective import Aux, of_model
 from tokjax.training.passes import forward
 
 
 def init_reference(model: Transformer, params: Params) -> Aux:
     """Returns the reference's parameters: none where it is the model without its adapters."""
-    own = {name: value for name, value in params.items() if name != HEADS}
-    return () if model.config.lora is not None else jax.tree.map(jnp.copy, own)
+    return () if model.config.lora is not None else jax.tree.map(jnp.copy, of_model(params))
 
 
 @struct.dataclass

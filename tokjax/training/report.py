@@ -34,6 +34,7 @@ _CATEGORY_COLORS = {
     "compile": "#3a86c8",
     "start_up": "#7fb2dc",
     "data_wait": "#b8961e",
+    "rollout": "#d98032",
     "eval": "#7a6fd0",
     "save": "#c4589a",
     "sample": "#5bb8b0",

@@ -27,9 +27,17 @@ from tokjax.models.transformer import Transformer, with_vocabulary
 from tokjax.parallel.mesh import build_mesh
 from tokjax.parallel.rules import BATCH_AXES
 from tokjax.training.config import TrainConfig
+from tokjax.training.frozen import FrozenModel, check_frozen, frozen_models
 from tokjax.training.initial import Initial, adopt_model, adopt_tokenizer, find_initial
 from tokjax.training.objective import Objective
-from tokjax.training.state import TrainState, init_state, state_shardings, whole, with_heads
+from tokjax.training.state import (
+    TrainState,
+    begun,
+    init_state,
+    state_shardings,
+    whole,
+    with_models,
+)
 from tokjax.training.step import StepConfig, make_train_step
 
 
@@ -42,6 +50,7 @@ class Stage:
     first_step: int
     steps: int
     keep_optimizer: bool
+    rate: float = 1.0
 
     @property
     def end(self) -> int:
@@ -89,8 +98,18 @@ class Run:
             return None
         return self.initial.load(self.model.config, self.mesh)
 
+    def frozen_models(self, stage: Stage) -> Mapping[str, FrozenModel]:
+        """Returns the models that a stage's objective reads beside the run's, by name."""
+        return frozen_models(stage.objective, self.model)
+
+    def frozen_params(self, stage: Stage) -> dict[str, Any]:
+        """Returns the parameters of the stage's frozen models, on the devices."""
+        return {name: each.load(self.mesh) for name, each in self.frozen_models(stage).items()}
+
     def init_state(self, stage: Stage, initial: Any = None) -> TrainState:
         """Returns the state a run starts with in this stage (pure; see `abstract_state`).
+
+        The objective's frozen models are put into it afterwards: see `with_models`.
 
         Args:
             stage: of the run.
@@ -110,17 +129,19 @@ class Run:
         base = None if self.initial is None else lora.off(self.model).abstract_params()
         shapes = jax.eval_shape(lambda initial: self.init_state(stage, initial), base)
         shardings = state_shardings(shapes, self.model, self.mesh)
-        return jax.tree.map(
+        state = jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
             shapes,
             shardings,
         )
+        models = self.frozen_models(stage).items()
+        return with_models(state, {name: each.abstract_params(self.mesh) for name, each in models})
 
     def train_step(self, stage: Stage) -> Any:
         """Returns the stage's step function (state, batch) -> (state, metrics), not compiled."""
         config = self.config
         step_config = StepConfig(
-            peak_lr=config.optimizer.peak_lr,
+            peak_lr=config.optimizer.peak_lr * stage.rate,
             schedule=config.schedule,
             first_step=stage.first_step,
             stage_steps=stage.steps,
@@ -150,6 +171,10 @@ class Run:
         tree["tokenizer"] = self.tokenizer.fingerprint[:16]
         if self.initial is not None:
             tree["init_from"] = self.initial.fingerprint()[:16]
+        objectives = [each["objective"] for each in tree["stages"]] or [tree["objective"]]
+        for stage, objective in zip(self.stages, objectives, strict=True):
+            for name, each in self.frozen_models(stage).items():
+                objective[name] = each.initial.fingerprint()[:16]
         return tree
 
 
@@ -175,6 +200,9 @@ def build_run(
     tokenizer = build_tokenizer(data.tokenizer, cache)
     _check_vocabulary(config, tokenizer)
     _check_prompts(config, tokenizer)
+    model = Transformer(with_vocabulary(config.model, tokenizer.vocab_size))
+    for stage in config.stage_list:
+        check_frozen(stage.objective, model, tokenizer, data.seq_len)
 
     def store(source: Any) -> TokenStore:
         return TokenStore.open(ensure_store(source, data, cache_dir=cache, progress=show_progress))
@@ -187,7 +215,6 @@ def build_run(
     eval_stores = {name: store(source) for name, source in data.evals.items()}
     _check_weights(stores, eval_stores)
     _check_pairs(config, stores, eval_stores)
-    model = Transformer(with_vocabulary(config.model, tokenizer.vocab_size))
     stages = _lay_out_stages(config, stores)
     loader = _loader(config, stores, stages)
     eval_loaders = {
@@ -264,24 +291,38 @@ def _check_weights(stores: tuple[Any, ...], eval_stores: Mapping[str, TokenStore
 
 
 def _check_pairs(config: TrainConfig, stores: tuple, eval_stores: Mapping[str, Any]) -> None:
-    """Refuses pairs of answers without an objective of pairs, and the reverse."""
+    """Refuses pairs of answers without an objective of pairs, the reverse, and so for rankings."""
     named = [(f"data.train.{i}", store) for i, store in enumerate(stores)]
     for stage in config.stage_list:
-        wanted = getattr(stage.objective, "reads_pairs", False)
+        wanted = _reads(stage.objective)
         for name, store in named:
-            if store.has_pairs != wanted:
-                found, other = ("pairs", "single examples")[:: 1 if store.has_pairs else -1]
+            if (found := _holds(store)) != wanted:
                 raise ConfigError(
-                    f"objective {_name(stage.objective)!r} reads {other}, but {name} holds "
+                    f"objective {_name(stage.objective)!r} reads {wanted}, but {name} holds "
                     f"{found}: choose another objective, or another data.train kind"
                 )
     last = config.stage_list[-1].objective
     for name, store in eval_stores.items():
-        if store.has_pairs and not getattr(last, "reads_pairs", False):
+        if (found := _holds(store)) not in ("single examples", _reads(last)):
             raise ConfigError(
-                f"data.evals.{name} holds pairs, which only an objective of pairs evaluates; the "
-                f"last one is {_name(last)!r}"
+                f"data.evals.{name} holds {found}, which only an objective of {found} evaluates; "
+                f"the last one is {_name(last)!r}"
             )
+
+
+def _reads(objective: Any) -> str:
+    """Returns what examples an objective takes."""
+    for name in ("pairs", "rankings"):
+        if getattr(objective, f"reads_{name}", False):
+            return name
+    return "single examples"
+
+
+def _holds(store: Any) -> str:
+    """Returns what examples a store holds."""
+    if store.has_rankings:
+        return "rankings"
+    return "pairs" if store.has_pairs else "single examples"
 
 
 def _check_prompts(config: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -335,7 +376,8 @@ def _lay_out_stages(config: TrainConfig, stores: tuple[Any, ...]) -> tuple[Stage
                 f"share={stage.share} not one step of "
                 f"{per_step * objective.tokens_per_position} tokens; train for longer"
             )
-        stages.append(Stage(_name(objective), objective, first, steps, stage.keep_optimizer))
+        keep, rate = stage.keep_optimizer, stage.rate
+        stages.append(Stage(_name(objective), objective, first, steps, keep, rate))
         first += steps
     for before, stage in itertools.pairwise(stages):
         owns = [hasattr(each.objective, "init_heads") for each in (before, stage)]
@@ -357,10 +399,10 @@ def reset_for_stage(run: Run, stage: Stage, state: TrainState) -> TrainState:
     """Returns the state with the optimiser and what is the objective's started afresh (pure)."""
     key = jax.random.fold_in(state.key, stage.first_step)
     head_key = jax.random.fold_in(key, 1)
-    params = with_heads(state.params, stage.objective, head_key, run.model)
+    params = begun(state.params, stage.objective, head_key, run.model)
     ema = state.ema
     if ema is not None:
-        ema = with_heads(ema, stage.objective, head_key, run.model)
+        ema = begun(ema, stage.objective, head_key, run.model)
     opt_state = state.opt_state if stage.keep_optimizer else run.optimizer.init(params)
     aux = stage.objective.init(key, run.model, whole(state.frozen, params))
     return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema, aux=aux)

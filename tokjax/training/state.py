@@ -1,5 +1,7 @@
 """Everything a training run carries from step to step."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ from tokjax import struct
 from tokjax.models import lora, parameters
 from tokjax.models.transformer import Transformer
 from tokjax.parallel.rules import parameter_shardings
-from tokjax.training.objective import HEADS, Aux, Objective, init_heads
+from tokjax.training.objective import FROZEN, HEADS, Aux, Objective, init_heads, of_model
 
 
 @struct.dataclass
@@ -29,8 +31,9 @@ class TrainState:
         ema: exponential moving average of the parameters, in float32 whatever their type (a
             narrower one would round its small changes away), or None.
         key: random key of the run; step n uses `fold_in(key, n)`.
-        frozen: the parameters that are not trained, of a model with adapters; else (). They are
-            read from the run's `init_from` at every start and are in no checkpoint.
+        frozen: the parameters that are not trained, else (): all but the adapters of a model that
+            has them, and under `frozen` the models that the objective reads. They are read from
+            their checkpoints at every start and are in none of the run's.
     """
 
     step: Int[Array, ""]
@@ -50,17 +53,30 @@ class TrainState:
 def whole(frozen: Any, trained: Any) -> Any:
     """Returns all parameters of a model, of which some are frozen or, with (), none.
 
-    Heads of an objective stay beside them.
+    Heads of an objective and the models that it reads stay beside them.
     """
     if not frozen:
         return trained
-    heads = {HEADS: trained[HEADS]} if HEADS in trained else {}
-    return lora.join(frozen, trained) | heads
+    base = of_model(frozen)
+    beside = {HEADS: trained[HEADS]} if HEADS in trained else {}
+    beside |= {FROZEN: frozen[FROZEN]} if FROZEN in frozen else {}
+    return (lora.join(base, trained) if base else trained) | beside
 
 
-def with_heads(params: Any, objective: Objective, key: jax.Array, model: Transformer) -> Any:
-    """Returns trained parameters with fresh heads of an objective in the place of any others."""
-    own = {name: value for name, value in params.items() if name != HEADS}
+def with_models(state: TrainState, models: Mapping[str, Any]) -> TrainState:
+    """Returns a state with the parameters of an objective's models in the place of any others."""
+    frozen = of_model(state.frozen or {}) | ({FROZEN: dict(models)} if models else {})
+    return dataclasses.replace(state, frozen=frozen or ())
+
+
+def begun(params: Any, objective: Objective, key: jax.Array, model: Transformer) -> Any:
+    """Returns trained parameters as an objective begins with them.
+
+    Its own heads are fresh, in the place of any others.
+    """
+    own = of_model(params)
+    if hasattr(objective, "begin"):
+        own = objective.begin(model, own)  # type: ignore[attr-defined]
     return own | init_heads(objective, key, model)
 
 
@@ -88,7 +104,7 @@ def init_state(
     if model.config.lora is not None:
         frozen = lora.split(params)[0]
         params = lora.split(model.init(init_key))[1]  # what is not used of it is not computed
-    params = with_heads(params, objective, head_key, model)
+    params = begun(params, objective, head_key, model)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -108,7 +124,7 @@ def state_shardings(state: TrainState, model: Transformer, mesh: Mesh) -> TrainS
     else is replicated.
     """
     axes = parameters.logical_axes(model.config)
-    shapes = jax.eval_shape(lambda: {k: v for k, v in state.whole.items() if k != HEADS})
+    shapes = jax.eval_shape(lambda: of_model(state.whole))
     shardings = parameter_shardings(axes, shapes, mesh)
     by_path = {
         jax.tree_util.keystr(path): (leaf.shape, sharding)

@@ -86,6 +86,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         loss, gradient = accumulate(state.params, state.frozen, state.aux, batch, key)
+        # What is frozen goes around the branch below, which might copy what passes through.
+        frozen, state = state.frozen, dataclasses.replace(state, frozen=())
         # Signed weights may sum to a negative number; only an empty batch has nothing to divide.
         empty = loss.weight == 0
         inverse = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, loss.weight))
@@ -126,7 +128,7 @@ def make_train_step(
             "target_weight": loss.weight,
             "finite": finite.astype(jnp.float32),
         }
-        return state.replace(step=state.step + 1), metrics  # type: ignore[attr-defined]
+        return dataclasses.replace(state, step=state.step + 1, frozen=frozen), metrics
 
     return train_step
 

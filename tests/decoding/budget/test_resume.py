@@ -7,6 +7,7 @@ import pytest
 
 from tokjax.decoding.budget import LengthPredictor, remaining_lengths, train_predictor, training
 from tokjax.errors import CheckpointError, ConfigError, DataError, StorageError
+from tokjax.training import fitting
 
 V, THINK, CLOSE = 48, 1, 2
 IDS = {"think_start": THINK, "think_end": CLOSE}
@@ -22,7 +23,7 @@ class Killed(Exception):
 @pytest.fixture
 def killed_after(monkeypatch):
     """Makes the n-th write of a checkpoint the last thing that happens."""
-    write = training.write_state
+    write = fitting.write_state
 
     def arm(count):
         left = [count]
@@ -33,10 +34,10 @@ def killed_after(monkeypatch):
             if not left[0]:
                 raise Killed
 
-        monkeypatch.setattr(training, "write_state", writing)
+        monkeypatch.setattr(fitting, "write_state", writing)
 
     yield arm
-    monkeypatch.setattr(training, "write_state", write)
+    monkeypatch.setattr(fitting, "write_state", write)
 
 
 def same(one, other):

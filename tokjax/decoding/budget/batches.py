@@ -1,6 +1,6 @@
 """What a length predictor is trained on: labels of traces, in batches of a few shapes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -89,14 +89,6 @@ def label_rows(
             f"none of {len(rows)} rows has thinking between the ids {think_start} and {think_end}"
         )
     return found
-
-
-def orders(count: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
-    """Yields the traces of each step, by number: every epoch in another order."""
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(count)
-        for first in range(0, count, batch_size):
-            yield order[first : first + batch_size]
 
 
 def trace_batch(traces: list, size: int) -> TraceBatch:

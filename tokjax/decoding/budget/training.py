@@ -2,44 +2,32 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int
 
-from tokjax import struct
 from tokjax.decoding.budget.batches import (
     Rows,
     StateBatch,
     TraceBatch,
     label_rows,
-    orders,
     state_batch,
     trace_batch,
 )
 from tokjax.decoding.budget.gamma import gamma_nll
 from tokjax.decoding.budget.predictor import LengthPredictor
-from tokjax.decoding.budget.resume import read_state, write_state
-from tokjax.errors import ConfigError, NonFiniteError
+from tokjax.errors import ConfigError
 from tokjax.models.digests import digest, sampled_digest
 from tokjax.models.transformer import Transformer
+from tokjax.training.fitting import FitState, adam_step, begin, fit, orders
 from tokjax.training.optimizers import Constant
-from tokjax.training.progress import Progress
 
-_ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 _STORED_AT_ONCE = 16  # traces a pass of the model, where its states are stored
-_LATE = 2  # losses are read so many steps late, so that the device never waits for the host
-
-
-@struct.dataclass
-class _State:
-    weights: Any
-    optimizer: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,12 +123,9 @@ def train_predictor(
     steps = epochs * -(-len(traces) // batch_size)
     schedule = Constant(warmup_steps=int(np.ceil(warmup_share * steps)))
     given = predictor.init(jax.random.key(seed)) if start is None else dict(start)
-    state = _State(given, _ADAM.init(given))
-    losses: list[Any] = []
-    file = None if checkpoint is None else Path(checkpoint)
-    identity: dict[str, Any] = {}
-    if file is not None:
-        identity = {
+
+    def identity() -> dict[str, Any]:
+        return {
             "predictor": asdict(predictor),
             "data": digest(*(array for trace in traces for array in trace)),
             "model": sampled_digest(params),
@@ -152,39 +137,29 @@ def train_predictor(
             "seed": seed,
             "store_states": store_states,
         }
-        state, losses = read_state(file, identity, state) or (state, losses)
-    begin = len(losses)
-    if begin == steps:
-        return TrainedPredictor(jax.tree.map(jnp.asarray, state.weights), np.array(losses))
-    state = jax.tree.map(jnp.array, state)  # a copy: its memory is given to the next state
-    stored = _stored(model, predictor, params, traces) if store_states else None
+
+    stored = cache(lambda: _stored(model, predictor, params, traces))
     order = list(orders(len(traces), batch_size, epochs, seed))
-    with Progress(steps, enabled=progress) as shown:
-        for step in range(begin, steps):
-            rate = peak_lr * schedule.factor(jnp.float32(step), steps)
-            if stored is None:
-                batch = trace_batch([traces[i] for i in order[step]], batch_size)
-                state, loss = _update(model, predictor, params, state, batch, rate)
-            else:
-                batch = state_batch([stored[i] for i in order[step]])
-                state, loss = _update_stored(predictor, state, batch, rate)
-            losses.append(loss)
-            known = step - _LATE
-            if known >= begin:
-                losses[known] = _finite(losses[known], known)
-            shown.update(step + 1, losses[known] if known >= begin else None)
-            if file is not None and ((step + 1) % checkpoint_steps == 0 or step + 1 == steps):
-                losses = [_finite(loss, at) for at, loss in enumerate(losses)]
-                write_state(file, identity, state, np.array(losses))
-    found = [_finite(loss, step) for step, loss in enumerate(losses)]
-    return TrainedPredictor(state.weights, np.array(found))
 
+    def update(state: FitState, step: int) -> tuple[FitState, Any]:
+        rate = peak_lr * schedule.factor(jnp.float32(step), steps)
+        if store_states:
+            return _update_stored(
+                predictor, state, state_batch([stored()[i] for i in order[step]]), rate
+            )
+        batch = trace_batch([traces[i] for i in order[step]], batch_size)
+        return _update(model, predictor, params, state, batch, rate)
 
-def _finite(loss: Any, step: int) -> float:
-    value = float(loss)
-    if not np.isfinite(value):
-        raise NonFiniteError(f"the loss of step {step} is {value}: lower peak_lr")
-    return value
+    weights, losses = fit(
+        update,
+        begin(given),
+        steps,
+        checkpoint=checkpoint,
+        identity=identity,
+        checkpoint_steps=checkpoint_steps,
+        progress=progress,
+    )
+    return TrainedPredictor(weights, losses)
 
 
 def _stored(model, predictor, params, traces: list) -> list[StateBatch]:
@@ -229,34 +204,26 @@ def _nll_sum(gammas, remaining):
     return jnp.where(remaining > 0, nll, 0.0).sum(), (remaining > 0).sum()
 
 
-def _stepped(state: _State, rate, summed):
-    """Returns the next state and the mean loss before it."""
-
-    def loss(weights):
-        total, count = summed(weights)
-        return total / jnp.maximum(count, 1)
-
-    value, gradient = jax.value_and_grad(loss)(state.weights)
-    change, optimizer = _ADAM.update(gradient, state.optimizer)
-    change = jax.tree.map(lambda u: -rate * u, change)
-    return _State(optax.apply_updates(state.weights, change), optimizer), value
+def _mean(summed):
+    total, count = summed
+    return total / jnp.maximum(count, 1)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _update(model, predictor, params, state: _State, batch: TraceBatch, rate):
+def _update(model, predictor, params, state: FitState, batch: TraceBatch, rate):
     """Returns the next state and the loss before it."""
-    return _stepped(state, rate, lambda w: _summed(model, predictor, params, w, batch))
+    return adam_step(state, rate, lambda w: _mean(_summed(model, predictor, params, w, batch)))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _update_stored(predictor, state: _State, batch: StateBatch, rate):
+def _update_stored(predictor, state: FitState, batch: StateBatch, rate):
     """Returns the next state and the loss before it."""
 
-    def summed(weights):
+    def loss(weights):
         gammas = predictor.of_tokens(weights, batch.states, batch.tokens)
-        return _nll_sum(gammas, batch.remaining)
+        return _mean(_nll_sum(gammas, batch.remaining))
 
-    return _stepped(state, rate, summed)
+    return adam_step(state, rate, loss)
 
 
 def evaluate_predictor(

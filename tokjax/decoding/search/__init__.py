@@ -2,6 +2,7 @@
 of a `Generator`.
 """
 
+from tokjax.decoding.search.attraction import attraction
 from tokjax.decoding.search.beam import beam_search
 from tokjax.decoding.search.best_of_n import (
     Accepted,
@@ -36,6 +37,7 @@ from tokjax.decoding.search.stepwise import (
 )
 from tokjax.decoding.search.stochastic_beam import StochasticBeams, stochastic_beam_search
 from tokjax.decoding.search.texts import answers_of_texts, scores_of_texts
+from tokjax.decoding.search.value import token_values, value_scorer
 from tokjax.decoding.search.voting import SelfConsistency, Vote, self_consistency, vote
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "Vote",
     "aggregate",
     "answers_of_texts",
+    "attraction",
     "beam_search",
     "best_of_n",
     "best_of_n_kl_bound",
@@ -82,6 +85,8 @@ __all__ = [
     "step_beam",
     "stochastic_beam_search",
     "systematic_resampling",
+    "token_values",
     "unigram_f1",
+    "value_scorer",
     "vote",
 ]

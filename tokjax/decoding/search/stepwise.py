@@ -75,6 +75,11 @@ class StepSearch:
         """The best continuation of each prompt."""
         return [list(found[0].tokens) for found in self.paths]
 
+    @property
+    def finished(self) -> list[Path | None]:
+        """The best finished path of each prompt; None where all were cut at the last step."""
+        return [next((path for path in found if path.finished), None) for found in self.paths]
+
 
 class _Turns:
     """Continues paths by steps."""

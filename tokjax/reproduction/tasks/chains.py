@@ -96,9 +96,20 @@ class Chains:
         told = [f"{i}:{name}{digit}" for i, (name, digit) in enumerate(question, 1)]
         return " ".join([*told, THINK])
 
-    def response(self, question: Question, rng: np.random.Generator) -> str:
-        """Returns right thinking and the answer, with the space before it."""
-        numbers, words = self.numbers(question), []
+    def response(
+        self,
+        question: Question,
+        rng: np.random.Generator,
+        numbers: Sequence[int] | None = None,
+    ) -> str:
+        """Returns thinking and the answer, with the space before it.
+
+        Args:
+            question: that is thought about.
+            rng: of the lines.
+            numbers: 0 and what is taken for the number behind each step; None is right.
+        """
+        numbers, words = self.numbers(question) if numbers is None else numbers, []
         count = int(rng.choice(self.lines))
         for i, (name, digit) in enumerate(question, 1):
             if i > 1 and rng.random() < self.redraw:

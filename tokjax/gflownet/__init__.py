@@ -1,0 +1,1 @@
+"""Generative flow networks over token sequences: tries, balance losses, Flower, LaCoT."""

@@ -1,0 +1,1 @@
+"""Retrieval: rerankers of passages, their losses and their measures."""
