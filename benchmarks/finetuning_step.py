@@ -34,10 +34,13 @@ METHODS = {
     "dpo": {"name": "dpo"},
     "figa": {"name": "figa"},
     "kto": {"name": "kto"},
+    "kto_mismatched": {"name": "kto", "reference_point": "mismatched"},
+    "tvm": {"name": "tvm"},
+    "cat_attention": {"name": "cat_attention"},
 }
 
-SIGNED = ("dpo", "figa", "kto")  # methods that compare good with bad answers
-CHANNELS = ("reasoning", "safety")  # annotations that methods read
+SIGNED = ("dpo", "figa", "kto", "kto_mismatched")  # methods that compare good with bad answers
+CHANNELS = ("reasoning", "safety", "value", "effect", "cause")  # annotations that methods read
 
 
 def _arguments() -> argparse.Namespace:

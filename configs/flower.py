@@ -9,6 +9,8 @@ weight 1 each). With `init_from` a model is tuned; without, a small one is train
 Recommend from the result with `tokjax.gflownet.constraint.recommend`; see docs/gflownets.md.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
@@ -21,7 +23,7 @@ def get_config(
     seed: int = 0,
 ) -> ConfigDict:
     """Returns a run of imitation and balance at once, the paper's setting for next items."""
-    tree = dict(
+    tree: dict[str, Any] = dict(
         title="Flower",
         seed=seed,
         data=dict(

@@ -6,30 +6,35 @@ import numpy as np
 import pytest
 
 from tokjax.data.byte_tokenizer import ByteTokenizer
-from tokjax.errors import ConfigError
+from tokjax.errors import DataError
 from tokjax.finetuning.cat_attention import causal_pairs
 from tokjax.finetuning.tipa import text_of_map, token_samples
-from tokjax.reproduction.arrays import Sample, as_batch, epochs
 from tokjax.reproduction.plan import PLANS
+from tokjax.reproduction.rows import Row, batch_of, batches
 from tokjax.reproduction.tasks import facts, refusals, risk_game, spelling
 
 
 def test_samples_of_a_row_are_segments_with_their_own_targets():
-    one, two = Sample.answer([5, 6], [7]), Sample.answer([1], [2, 3])
-    batch = as_batch([[one, two], one], 5)
+    one, two = Row.answer([5, 6], [7]), Row.answer([1], [2, 3])
+    batch = batch_of([[one, two], one], 6)
     np.testing.assert_array_equal(batch.tokens, [[5, 6, 1, 2, 0], [5, 6, 0, 0, 0]])
     np.testing.assert_array_equal(batch.targets, [[6, 7, 2, 3, 0], [6, 7, 0, 0, 0]])
     np.testing.assert_array_equal(batch.weights, [[0, 1, 1, 1, 0], [0, 1, 0, 0, 0]])
     np.testing.assert_array_equal(batch.segment_ids, [[1, 1, 2, 2, 0], [1, 1, 0, 0, 0]])
     np.testing.assert_array_equal(batch.positions, [[0, 1, 0, 1, 0], [0, 1, 0, 0, 0]])
     np.testing.assert_array_equal(batch.example_id, [[0, 0], [1, -1]])
-    with pytest.raises(ConfigError, match="row 0 has 4 places"):
-        as_batch([[one, two]], 3)
+    with pytest.raises(DataError, match="row 0 has 5 tokens, more than width=4"):
+        batch_of([[one, two]], 4)
+    with pytest.raises(DataError, match="channels"):
+        batch_of([one, Row([1, 2], [0, 1], channels={"safety": [0, 1]})], 6)
+    with pytest.raises(DataError, match="pairs are not packed"):
+        batch_of([[Row.pair([1], [2], [3])] * 2], 12)
 
 
 def test_every_row_comes_once_before_any_comes_again():
-    rows = [Sample([n, n], [0.0, 1.0]) for n in range(6)]
-    seen = [int(t) for b in epochs(rows, 4, 6, 1, 0) for t in b.tokens[:, 0]]
+    rows = [Row([n, n], [0.0, 1.0]) for n in range(6)]
+    made = batches(rows, 2, size=4, steps=6, seed=0)
+    seen = [int(t) for b in made for t in b.tokens[:, 0]]
     for turn in range(4):
         assert sorted(seen[6 * turn : 6 * turn + 6]) == list(range(6))
 
@@ -55,7 +60,7 @@ def test_spurious_fields_follow_their_causes_in_distribution_alone():
 def test_answers_are_the_effect_of_the_values_of_the_causes():
     plan = runpy.run_path(str(PLANS / "cat_attention.py"))
     ids = risk_game.texts(risk_game.fields(np.random.default_rng(0), 1))[0].tolist()
-    batch = as_batch([plan["annotated"](ids, risk_game.CAUSES)], risk_game.LENGTH - 1)
+    batch = batch_of([plan["annotated"](ids, risk_game.CAUSES)], risk_game.LENGTH)
     pairs, others = map(np.asarray, causal_pairs(batch))
     rows, keys = np.nonzero(pairs[0])
     assert set(rows) == {risk_game.LENGTH - 2}
@@ -92,7 +97,7 @@ def test_no_aligned_sample_is_unsafe_and_all_fit():
     rng = np.random.default_rng(2)
     for sample in [refusals.aligned(rng) for _ in range(300)]:
         tokens = list(sample.tokens)
-        assert max(tokens) < refusals.VOCABULARY and len(tokens) <= refusals.WIDTH + 1
+        assert max(tokens) < refusals.VOCABULARY and len(tokens) <= refusals.WIDTH
         assert not refusals.is_unsafe(tokens, tokens[refusals.PROMPT :])
 
 
@@ -138,19 +143,20 @@ def test_weights_of_kto_are_one():
 # ---- spelling
 
 
-def test_questions_have_one_wrong_letter_and_its_place():
+def test_answers_are_first_positions_and_lengths_with_the_space():
     tokenizer = ByteTokenizer()
-    by_letter = spelling.Spelling(tokenizer, by_letter=True)
+    asker = spelling.Spelling(tokenizer)
     rng = np.random.default_rng(0)
+    letters = set()
     for _ in range(50):
-        sample = by_letter.question(" hello", "wrong", rng)
-        text = tokenizer.decode([t for t in sample.tokens if t < 256])
-        asked, spelt, answer = text[1:].split("\x04")
-        place = int(answer[0])
-        assert asked == " hello" and asked[place - 1] == answer[1] != spelt[place - 1]
-        assert sum(a != b for a, b in zip(asked, spelt, strict=True)) == 1
-    told = by_letter.question(" hello", "length", rng)
-    assert list(told.tokens[-2:]) == [ord("6"), by_letter.end]
+        row = asker.question(" hello", "where", rng)
+        assert row.tokens[-1] == asker.end and list(row.weights[-3:]) == [0, 1, 1]
+        named, letter, place = tokenizer.decode(list(row.tokens[2:-1])).split("\x04")
+        assert named == " hello" and {"h": "2", "e": "3", "l": "4", "o": "6"}[letter] == place
+        letters.add(letter)
+    assert letters == set("helo")
+    told = asker.question(" hello", "length", rng)
+    assert list(told.tokens[-2:]) == [ord("6"), asker.end]
 
 
 def test_shuffled_maps_have_the_same_characters():

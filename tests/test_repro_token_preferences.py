@@ -14,7 +14,8 @@ from tokjax.models import ModelConfig, Transformer
 from tokjax.preference.figa import figa_weights
 from tokjax.pretraining.next_token import NextToken
 from tokjax.reproduction.plan import PLANS
-from tokjax.reproduction.small_runs import Row, batch_of, epochs, fitted, kept, store_of
+from tokjax.reproduction.rows import Row, batch_of, epochs, store_of
+from tokjax.reproduction.small_runs import fitted, kept
 from tokjax.reproduction.tasks import Chains, given_answer, listing, rewriting
 from tokjax.reproduction.tasks.chains import apply
 from tokjax.reproduction.tasks.confusions import Confusions
@@ -79,9 +80,9 @@ def test_mistakes_are_always_the_same_and_carry_on():
 def test_pairs_lie_in_a_row_as_the_loader_lays_them():
     pair = Row.pair([1, 2], [3, 4, 9], [5, 9])
     batch = batch_of([pair], 12)
-    assert batch.tokens[0].tolist() == [1, 2, 3, 4, 9, 1, 2, 5, 9, 0, 0]
-    assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0]
-    assert batch.segment_ids[0].tolist() == [1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0]
+    assert batch.tokens[0].tolist() == [1, 2, 3, 4, 9, 1, 2, 5, 0, 0, 0]
+    assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 0, 0]
+    assert batch.segment_ids[0].tolist() == [1, 1, 1, 1, 1, 2, 2, 2, 0, 0, 0]
     assert batch.weights[0].tolist() == [0, 1, 1, 1, 0, 0, -1, -1, 0, 0, 0]
     assert batch.example_id.tolist() == [[0, 0]] and batch.group == 2
     with pytest.raises(DataError, match="not both"):

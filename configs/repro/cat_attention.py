@@ -29,7 +29,8 @@ from tokjax.data.batch import Batch
 from tokjax.finetuning.cat_attention import CausalAttention, causal_bits, causal_pairs
 from tokjax.models import ModelConfig, Transformer
 from tokjax.reproduction import Bars, Comparison, Lines, Measurements, Treatment, Verdict
-from tokjax.reproduction.arrays import Sample, as_batch, epochs, tuned
+from tokjax.reproduction.rows import Row, batch_of, batches
+from tokjax.reproduction.small_runs import constant_rates, fitted
 from tokjax.reproduction.tasks.risk_game import (
     CAUSES,
     HIGH,
@@ -131,7 +132,7 @@ class Materials:
             )
         )
 
-    def samples(self, kind: str, size: int) -> list[Sample]:
+    def samples(self, kind: str, size: int) -> list[Row]:
         """Returns the training texts with the annotation of an arm."""
         fixed = {"ce": CAUSES, "cat": CAUSES, "spurious": SPURIOUS}
         return [
@@ -143,26 +144,18 @@ class Materials:
     def questions(self) -> dict[str, Batch]:
         """The test texts, with the true causes annotated."""
         return {
-            name: as_batch([annotated(ids, CAUSES) for ids in texts(values).tolist()], LENGTH - 1)
+            name: batch_of([annotated(ids, CAUSES) for ids in texts(values).tolist()], LENGTH)
             for name, values in self.tests.items()
         }
 
     def measure(self, kind: str, size: int) -> dict[str, list[float]]:
         """Returns the metrics of an arm."""
         objective = CausalAttention(alpha=ALPHA, gamma=0.0 if kind == "ce" else 1.0)
-        steps = self.settings["steps"]
-        made = epochs(
-            self.samples(kind, size), self.settings["batch"], steps, LENGTH - 1, self.seed
-        )
-        params, _ = tuned(
-            self.model,
-            None,
-            objective,
-            made,
-            steps=steps,
-            rate=self.settings["rate"],
-            seed=self.seed,
-        )
+        size_of_batch, steps = self.settings["batch"], self.settings["steps"]
+        rows = self.samples(kind, size)
+        made = batches(rows, LENGTH, size=size_of_batch, steps=steps, seed=self.seed)
+        rates = constant_rates(self.settings["rate"], steps, warmup=20)
+        params, _ = fitted(self.model, objective, None, made, rates, seed=self.seed)
         found = {}
         for name, values in self.tests.items():
             says_high, ratio = map(np.asarray, _asked(self.model, params, self.questions[name]))
@@ -175,7 +168,7 @@ class Materials:
         return {name: values.tolist() for name, values in found.items()}
 
 
-def annotated(ids: list[int], causes: Any) -> Sample:
+def annotated(ids: list[int], causes: Any) -> Row:
     """Returns a text whose answer is the effect of the values of some fields."""
     places = [place_of_value(int(field)) for field in causes]
     # Values occur in several fields, so phrases are looked for in the places' own numbers.
@@ -183,7 +176,8 @@ def annotated(ids: list[int], causes: Any) -> Sample:
     effect, cause = causal_bits(numbers, [(numbers[-1:], [[place] for place in places])])
     weights = np.zeros(len(ids), np.float32)
     weights[-1] = 1.0
-    return Sample(ids, weights, {"effect": effect, "cause": cause})  # type: ignore[arg-type]
+    channels = {"effect": effect, "cause": cause}
+    return Row(ids, weights, channels=channels)  # type: ignore[arg-type]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -40,17 +40,8 @@ from tokjax.preference.critical_tokens import (
 from tokjax.preference.dpo import DPO
 from tokjax.pretraining.next_token import NextToken
 from tokjax.reproduction import Bars, Comparison, Measurements, Treatment, Verdict
-from tokjax.reproduction.small_runs import (
-    Row,
-    batch_of,
-    continued,
-    cosine_rates,
-    epochs,
-    fitted,
-    kept,
-    log_probs,
-    store_of,
-)
+from tokjax.reproduction.rows import Row, batch_of, epochs, store_of
+from tokjax.reproduction.small_runs import continued, cosine_rates, fitted, kept, log_probs
 from tokjax.reproduction.tasks import Chains, Question, given_answer
 from tokjax.reproduction.tasks.confusions import Confusions
 

@@ -11,7 +11,7 @@ enumerated, so the posterior of the list given "yes" under the model of SFT is k
     grpo       from there on, reward 1 for a list that makes the sum and "yes"
     exact      SubTB with the exact reward of every prefix
     lacot      rewards at every fourth token, the others interpolated; filtered
-    no_filter  the same with delta infinite (control)
+    no_filter  the same with delta None: no filter (control)
     wrong      the same rewarded by the likelihood of "no" (control)
 """
 
@@ -159,14 +159,13 @@ class Materials:
 
     def lacot(self, every: int, filtered: bool, answer: str) -> LanguageModel:
         """Returns the model of LaCoT."""
-        infinite = {"start": float("inf"), "end": float("inf")}
         objective = {
             "name": "lacot",
             "marker": addends.MARKER,
             "every": every,
             "min_tokens": 1,
             "tau": {"start": 1.0, "end": 1.0},
-            "delta": {"start": 1.5, "end": 1.0, "steps": 50} if filtered else infinite,
+            "delta": {"start": 1.5, "end": 1.0, "steps": 50} if filtered else None,
             "rollouts": {"group": 7, "minibatches": 2, "max_new_tokens": addends.LONGEST},
         }
         data = self.data(f"right-{answer}", 0.0, answer)
@@ -202,7 +201,7 @@ class Materials:
 
     def of_question(self, lm: LanguageModel, total: int) -> dict[str, float]:
         """Returns how the policy's lists compare with the posterior's, for one question."""
-        prior = list_logprobs(self.sft, total, " yes")
+        prior = list_logprobs(self.sft, total, "yes")
         posterior = prior - np.logaddexp.reduce(prior)
         log_q = list_logprobs(lm, total, "")
         elsewhere = 1 - np.exp(log_q).sum()
@@ -255,7 +254,7 @@ class Materials:
 def list_logprobs(lm: LanguageModel, total: int, answer: str) -> np.ndarray:
     """Returns the log-probability of every list, its marker and an answer behind a question."""
     prompt = lm.encode(f"sum{total}")
-    behind = lm.tokenizer.encode(addends.MARKER + answer)
+    behind = lm.tokenizer.encode(f"{addends.MARKER} {answer}".strip())
     texts = [
         [*prompt, *lm.tokenizer.encode(addends.words(z)), *behind] for z in addends.every_list()
     ]

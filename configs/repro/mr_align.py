@@ -2,13 +2,19 @@
 
     python -m tokjax.reproduce mr_align
 
-WHAT CAME OUT
+What came out is in docs/reproductions/mr_align.json and .png: it did not reproduce as demanded, for
+one of seven demands. Misleading traces fall from 31 % to 3.6 % with MR-ALIGN (KTO 29 %), accuracy
+rises from 0.57 to 0.94 (KTO 0.69), and shuffled labels (18 %) and swapped matrices (41 %) lose it.
+But facts are not answered with at once more often (13 % against 25 % before; checks, which do no
+harm, come instead). The weights' mere size brings it to 17 %: on one seed it does as well as the
+weights themselves, on the other not at all.
 
 A small model learns traces that retrieve a fact, check it and often backtrack, which spoils right
 values more often than it mends wrong ones. Its own traces of half of the questions, rated by their
 answers, train every arm for as many steps; the other half judges:
     mr_align  KTO, segments weighted by transitions of good, bad and all traces
     kto       the same with weights of 1 (the matrix of all traces in all three places)
+    scaled    KTO whose segments all weigh as much as MR-ALIGN's do on average (told, not judged)
     sft       cross-entropy on the good traces
     shuffled  MR-ALIGN with the segments' labels shuffled within traces (control)
     swapped   MR-ALIGN with the matrices of good and bad traces exchanged (control)
@@ -22,16 +28,23 @@ from typing import Any
 
 import numpy as np
 
-from tokjax.decoding.samplers import categorical
 from tokjax.finetuning.sft import SFT
 from tokjax.models import ModelConfig, Transformer
 from tokjax.preference.kto import KTO
 from tokjax.preference.meta_reasoning import Polarities, fit_polarities, segment_weights
 from tokjax.reproduction import Bars, Comparison, Measurements, Treatment, Verdict
-from tokjax.reproduction.arrays import Sample, answers, epochs, kept, tuned
+from tokjax.reproduction.rows import Row, batches
+from tokjax.reproduction.small_runs import (
+    before,
+    constant_rates,
+    continued,
+    cosine_rates,
+    fitted,
+    kept,
+)
 from tokjax.reproduction.tasks import facts as task
 
-WIDTH = task.PROMPT + task.NEW_TOKENS
+WIDTH = task.PROMPT + task.NEW_TOKENS + 1
 
 
 def get_plan(scale: str) -> Comparison:
@@ -40,7 +53,7 @@ def get_plan(scale: str) -> Comparison:
     settings = {
         "d_model": 32 if smoke else 64,
         "base_samples": 200 if smoke else 20000,
-        "base_steps": 4 if smoke else 1200,
+        "base_steps": 4 if smoke else 900,
         "base_rate": 3e-3,
         "samples": 2 if smoke else 32,
         "steps": 4 if smoke else 100,
@@ -57,6 +70,7 @@ def get_plan(scale: str) -> Comparison:
         "kto": arm("baseline", "KTO", "kto"),
         "sft": arm("baseline", "SFT on good traces", "sft"),
         "base": arm("baseline", "before training", "base"),
+        "scaled": arm("baseline", "KTO, mean weights", "scaled"),
         "shuffled": arm("control", "labels shuffled", "shuffled"),
         "swapped": arm("control", "matrices swapped", "swapped"),
     }
@@ -76,12 +90,16 @@ def get_plan(scale: str) -> Comparison:
             Bars("direct", "retrieved facts answered with at once", "share"),
         ),
         settings=settings,
-        seeds=(0, 1) if smoke else (0, 1, 2, 3, 4),
+        seeds=(0, 1),
         notes=(
             "An item is a question, of which 16 traces are sampled at temperature 1. Traces of the "
             "other questions are rated by their answers: good are right ones.",
             "beta 0.1, weights 1.0 and 1.5 of good and bad answers, smoothing 0.6, five iterations "
             "and clipping at e are the method's defaults.",
+            "The learning rate was chosen on another seed, by KTO alone: at 3e-4 it leaves room "
+            "(0.13 misleading of 0.26 before), at 1e-3 none (0.01).",
+            "The arm `scaled` was added after the first full run, to tell what the weights' size "
+            "does from what their places do; other arms and what is demanded are as they were.",
         ),
     )
 
@@ -117,28 +135,27 @@ class Materials:
             samples = []
             for i in rng.integers(0, len(every), told["base_samples"]):
                 said = task.trace(int(self.facts[every[i]]), rng)
-                samples.append(Sample.answer(task.prompt(every[i]), said))
+                samples.append(Row.answer(task.prompt(every[i]), said))
             steps = told["base_steps"]
-            made = epochs(samples, 64, steps, WIDTH, self.seed)
-            options = {"rate": told["base_rate"], "cosine": True, "seed": self.seed}
-            return tuned(self.model, None, SFT(), made, steps=steps, **options)[0]
+            made = batches(samples, WIDTH, size=64, steps=steps, seed=self.seed)
+            rates = cosine_rates(told["base_rate"], steps)
+            return fitted(self.model, SFT(), None, made, rates, seed=self.seed)[0]
 
         return kept(self.folder / "base.npz", self.model, make)
 
     def sampled(self, params: Any, asked: list[task.Question], each: int, seed: int) -> list[Any]:
         """Returns (question, tokens of a trace) of a number of traces of each question."""
-        count = len(asked) * each
-        rows = answers(
+        found = continued(
             self.model,
             params,
             [task.prompt(question) for question in asked],
-            task.NEW_TOKENS,
-            task.END,
+            end=task.END,
+            max_new_tokens=task.NEW_TOKENS,
             samples=each,
-            sampler=categorical(),
-            seeds=np.arange(count) + seed * count,
+            seed=1000 * seed + self.seed,
         )
-        return [(asked[i // each], row) for i, row in enumerate(rows)]
+        pairs = zip(asked, found, strict=True)
+        return [(question, before(row, task.END)) for question, rows in pairs for row in rows]
 
     @cached_property
     def traces(self) -> list[tuple[task.Question, list[int], task.Read, bool]]:
@@ -151,7 +168,7 @@ class Materials:
                 found.append((question, [*row, task.END], task.read([*row, task.END]), good))
         return found
 
-    def samples(self, kind: str) -> list[Sample]:
+    def samples(self, kind: str) -> list[Row]:
         """Returns what an arm is trained on."""
         rng = np.random.default_rng([self.seed, 3])
         labels = [[(task.STATES[s],) for s in said.states] for _, _, said, _ in self.traces]
@@ -163,17 +180,25 @@ class Materials:
             fit = Polarities(fit.every, fit.every, fit.every)
         if kind == "swapped":
             fit = Polarities(fit.bad, fit.good, fit.every)
+        weights = [
+            segment_weights(own, fit.good if good else fit.bad, fit.every)
+            for own, good in zip(labels, rated, strict=True)
+        ]
+        if kind == "scaled":
+            groups = np.repeat(rated, [len(own) for own in weights])
+            every = np.concatenate(weights)
+            means = {good: every[groups == good].mean() for good in (True, False)}
+            weights = [np.full(len(w), means[g]) for w, g in zip(weights, rated, strict=True)]
         found = []
-        for (question, row, said, good), own in zip(self.traces, labels, strict=True):
-            weights = segment_weights(own, fit.good if good else fit.bad, fit.every)
-            spread = np.append(weights, 1.0)[list(said.segments)]
+        for (question, row, said, good), own in zip(self.traces, weights, strict=True):
+            spread = np.append(own, 1.0)[list(said.segments)]
             if kind == "sft" and not good:
                 continue
             if kind == "sft":
                 spread = np.ones(len(row))
             asked = task.prompt(question)
             signed = [0.0] * len(asked) + list(spread if good else -spread)
-            found.append(Sample([*asked, *row], signed))
+            found.append(Row([*asked, *row], signed))
         return found
 
     def measure(self, kind: str) -> dict[str, list[float]]:
@@ -183,18 +208,10 @@ class Materials:
             objective = (
                 SFT() if kind == "sft" else KTO(bad_weight=1.5, reference_point="mismatched")
             )
-            steps = told["steps"]
-            made = epochs(self.samples(kind), told["batch"], steps, WIDTH, self.seed)
-            params, _ = tuned(
-                self.model,
-                params,
-                objective,
-                made,
-                steps=steps,
-                rate=told["rate"],
-                warmup=10,
-                seed=self.seed,
-            )
+            steps, rows = told["steps"], self.samples(kind)
+            made = batches(rows, WIDTH, size=told["batch"], steps=steps, seed=self.seed)
+            rates = constant_rates(told["rate"], steps, warmup=10)
+            params, _ = fitted(self.model, objective, params, made, rates, seed=self.seed)
         found: dict[str, list[float]] = {}
         if kind == "base":
             found["good"] = [float(good) for *_, good in self.traces]
@@ -263,6 +280,11 @@ def judge(found: Measurements) -> Verdict:
             (
                 fewer["swapped"].high < 0,
                 f"swapped matrices are worse than KTO: {fewer['swapped']}",
+            ),
+            (
+                None,
+                "against KTO with MR-ALIGN's mean weights the misleading share falls by "
+                f"{found.difference('scaled', 'mr_align', 'misleading')}",
             ),
             (None, f"misleading: {told('misleading')}"),
             (None, f"accuracy: {told('accuracy')}"),

@@ -38,14 +38,8 @@ from tokjax.finetuning.sft import SFT
 from tokjax.models import ModelConfig, Transformer
 from tokjax.pretraining.next_token import NextToken
 from tokjax.reproduction import Bars, Comparison, Lines, Measurements, Treatment, Verdict
-from tokjax.reproduction.small_runs import (
-    Row,
-    batch_of,
-    cosine_rates,
-    fitted,
-    kept,
-    log_probs,
-)
+from tokjax.reproduction.rows import Row, batch_of
+from tokjax.reproduction.small_runs import cosine_rates, fitted, kept, log_probs
 from tokjax.reproduction.tasks.rewriting import (
     ADD,
     COPY,

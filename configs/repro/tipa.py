@@ -2,23 +2,25 @@
 
     python -m tokjax.reproduce tipa
 
-WHAT CAME OUT
+What came out is in docs/reproductions/tipa.json and .png: it did not reproduce. The maps of words
+that have only these are learned (0.97 reproduced wholly), but positions in these words are right in
+0.365, against 0.343 without maps and 0.297 at equal tokens; maps in another order reach 0.473.
+Their lengths are known (0.87, 0.36 without maps; 0.73 with forward maps), as the first number of a
+reverse map is the length. What is listed by position is not found by letter at this size.
 
-A small model with a byte-level BPE of 2,000 tokens, trained on text, is tuned on two questions
-about words that are single tokens: where a spelling has a wrong letter, and how long the word is.
+A small model with a byte-level BPE of 1,300 tokens, trained on text, is tuned on two questions
+about words that are single tokens: where a letter is, and how long the word is.
 Half of the words are in the task's data, a quarter only in TIPA's maps, a quarter in neither. Every
-step has 30 questions; beside them stand:
+step has 24 questions; beside them stand:
     pure      nothing
-    more      as many tokens of further questions
-    tipa      16 maps, from the last character to the first
+    more      12 more rows of questions, which are no fewer tokens than maps
+    tipa      12 maps, from the last character to the first
     forward   the same from the first to the last
-    mtipa     a third of the maps are of pieces of text
     shuffled  maps whose characters are in another order (control)
-    letters   nothing, and words named letter by letter: what a tokenizer of characters could do
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,16 +33,17 @@ from tokjax.data.bpe import corpus_texts, train_bpe
 from tokjax.data.huggingface_tokenizer import HuggingFaceTokenizer
 from tokjax.files import write_atomically
 from tokjax.finetuning.sft import SFT
-from tokjax.finetuning.tipa import character_map, sentence_samples, token_samples, vocabulary_texts
+from tokjax.finetuning.tipa import character_map, token_samples, vocabulary_texts
 from tokjax.models import ModelConfig, Transformer
 from tokjax.pretraining.next_token import NextToken
 from tokjax.reproduction import Bars, Comparison, Measurements, Treatment, Verdict
-from tokjax.reproduction.arrays import Sample, answers, epochs, kept, tuned
-from tokjax.reproduction.tasks.spelling import Spelling, shuffled, words
+from tokjax.reproduction.rows import Row, batches
+from tokjax.reproduction.small_runs import before, continued, cosine_rates, fitted, kept
+from tokjax.reproduction.tasks.spelling import Kind, Spelling, shuffled, words
 
-WIDTH = 44  # places of a row: three questions, or a map
-IN_ROW = 3
-LONGEST = 8  # characters of a token that gets a map
+WIDTH = 34  # ids of a row: four questions, or a map
+IN_ROW = 3, 1  # questions of a row: of positions, of lengths
+ASKED: tuple[tuple[Kind, str], ...] = (("where", "position"), ("length", "length"))
 GROUPS = ("trained", "mapped", "unseen")  # words of the task's data, of maps alone, of neither
 
 
@@ -48,16 +51,16 @@ def get_plan(scale: str) -> Comparison:
     """Returns the plan, in seconds for `smoke`."""
     smoke = scale == "smoke"
     settings = {
-        "vocab_size": 600 if smoke else 2000,
-        "documents": 200 if smoke else 2000,
+        "vocab_size": 600 if smoke else 1300,
+        "documents": 200 if smoke else 1000,
         "d_model": 32 if smoke else 64,
-        "base_steps": 4 if smoke else 300,
+        "base_steps": 4 if smoke else 100,
         "base_rate": 3e-3,
-        "steps": 4 if smoke else 1000,
-        "rate": 2e-3,
-        "rows": 10,
-        "maps": 16,
-        "questions": 30 if smoke else 6000,
+        "steps": 4 if smoke else 800,
+        "rate": 4e-3,
+        "rows": 6,
+        "maps": 12,
+        "rows_of_questions": 30 if smoke else 3000,
         "asked": 6 if smoke else 200,
     }
 
@@ -67,10 +70,8 @@ def get_plan(scale: str) -> Comparison:
     arms = {
         "tipa": arm("method", "TIPA", "tipa"),
         "forward": arm("method", "TIPA, forward maps", "forward"),
-        "mtipa": arm("method", "MTIPA", "mtipa"),
         "pure": arm("baseline", "questions alone", "pure"),
         "more": arm("baseline", "questions alone, equal tokens", "more"),
-        "letters": arm("baseline", "words by letters", "letters"),
         "shuffled": arm("control", "maps in another order", "shuffled"),
     }
     return Comparison(
@@ -93,9 +94,15 @@ def get_plan(scale: str) -> Comparison:
         seeds=(0, 1),
         notes=(
             "An item is a question, answered greedily. Maps have no system message, for which so "
-            "small a model has no use; a sample weighs as much as another, however long.",
-            "The text is documentation and docstrings of Python's library. Tokens of more than "
-            f"{LONGEST} characters get no map.",
+            "small a model has no use.",
+            "The text is documentation and docstrings of Python's library. Maps are of the task's "
+            "tokens, as the method prunes vocabularies: the words, but for a quarter. Words have "
+            "three to five letters; maps of sentences (MTIPA) are left out.",
+            "Settled on another seed: the position of a wrong letter in a spelling was not learned "
+            "in 400 steps, that of a named letter is; maps of the whole vocabulary, once each, had "
+            "no effect, and in 500 steps at 4e-3 a sixth of the maps were learned wholly, whence "
+            "shorter words and more steps. Words named by characters (an upper bound) were harder "
+            "to read for so small a model than single tokens, and were left out.",
         ),
     )
 
@@ -106,10 +113,8 @@ class Materials:
     def __init__(self, folder: Path, settings: Mapping[str, Any], seed: int):
         self.folder, self.settings, self.seed = folder, settings, seed
         self.spelling = Spelling(self.tokenizer)
-        texts = vocabulary_texts(self.tokenizer).kept
-        self.texts = [t for t in texts if len(t) <= LONGEST]
         rng = np.random.default_rng([seed, 1])
-        every = words(self.texts)
+        every = words(vocabulary_texts(self.tokenizer).kept, 3, 5)
         mixed = [every[i] for i in rng.permutation(len(every))]
         half, quarter = len(mixed) // 2, len(mixed) // 4
         self.words = {
@@ -154,97 +159,81 @@ class Materials:
 
         def make() -> Any:
             ids = [i for text in self.tokenizer.encode_batch(self.documents) for i in text]
-            count = min(len(ids) // (WIDTH + 1), 20000)
-            pieces = [ids[i * (WIDTH + 1) : (i + 1) * (WIDTH + 1)] for i in range(count)]
-            rows = [Sample(piece, np.ones(len(piece))) for piece in pieces]  # type: ignore[arg-type]
+            count = min(len(ids) // WIDTH, 20000)
+            pieces = [ids[i * WIDTH : (i + 1) * WIDTH] for i in range(count)]
+            rows = [Row(piece, [1.0] * len(piece)) for piece in pieces]
             steps = self.settings["base_steps"]
-            made = epochs(rows, 24, steps, WIDTH, self.seed)
-            options = {"rate": self.settings["base_rate"], "cosine": True, "seed": self.seed}
-            return tuned(self.model, None, NextToken(), made, steps=steps, **options)[0]
+            made = batches(rows, WIDTH, size=24, steps=steps, seed=self.seed)
+            rates = cosine_rates(self.settings["base_rate"], steps)
+            return fitted(self.model, NextToken(), None, made, rates, seed=self.seed)[0]
 
         return kept(self.folder / "base.npz", self.model, make)
 
-    def asked(
-        self, spelling: Spelling, group: str, count: int, kind: Any, stream: int
-    ) -> list[Any]:
+    def asked(self, group: str, count: int, kind: Kind, stream: int) -> list[Row]:
         """Returns questions about words of a group."""
         rng = np.random.default_rng([self.seed, stream, len(kind)])
         own = self.words[group]
-        return [spelling.question(own[i], kind, rng) for i in rng.integers(0, len(own), count)]
+        return [self.spelling.question(own[i], kind, rng) for i in rng.integers(0, len(own), count)]
 
-    def questions(self, spelling: Spelling, count: int, stream: int) -> list[list[Sample]]:
-        """Returns rows of questions about the task's words: two in three about spellings."""
-        wrong = self.asked(spelling, "trained", 2 * count, "wrong", stream)
-        lengths = self.asked(spelling, "trained", count, "length", stream)
-        return [[*wrong[2 * i : 2 * i + 2], lengths[i]] for i in range(count)]
+    def questions(self, count: int, stream: int) -> list[list[Row]]:
+        """Returns rows of questions about the task's words."""
+        a, b = IN_ROW
+        where = self.asked("trained", a * count, "where", stream)
+        lengths = self.asked("trained", b * count, "length", stream)
+        return [[*where[a * i : a * i + a], *lengths[b * i : b * i + b]] for i in range(count)]
 
-    def maps(self, kind: str) -> list[Sample]:
+    def maps(self, kind: str) -> list[Row]:
         """Returns TIPA's samples of an arm."""
-        held = set(self.words["unseen"])
-        own = [text for text in self.texts if text not in held]
+        own = [*self.words["mapped"], *self.words["trained"]]
         chats = token_samples(own, "forward" if kind == "forward" else "reverse")
         if kind == "shuffled":
             rng = np.random.default_rng([self.seed, 4])
             chats = [shuffled(chat, rng) for chat in chats]
-        if kind == "mtipa":
-            pieces = [t[i : i + 9] for t in self.documents[:200] for i in range(0, 90, 9)]
-            plain = [p for p in pieces if p.isascii() and p.isprintable() and len(p) == 9]
-            count = len(own) // 2
-            chats += sentence_samples(
-                plain, share=min(1.0, count / len(plain)), shortest=6, longest=9, seed=self.seed
-            )
         samples = [self.spelling.chat(chat) for chat in chats]
-        return [s for s in samples if len(s.tokens) <= WIDTH + 1]
+        return [s for s in samples if len(s.tokens) <= WIDTH]
 
-    def batches(self, kind: str, spelling: Spelling) -> Any:
+    def batches(self, kind: str) -> Iterator[Batch]:
         """Yields what the steps of an arm are trained on."""
         told = self.settings
-        steps, rows = told["steps"], told["rows"]
-        questions = self.questions(spelling, told["questions"], 5)
-        made = epochs(questions, rows, steps, WIDTH + 22 * spelling.by_letter, self.seed)
-        if kind in ("pure", "letters"):
+        steps, count = told["steps"], told["rows_of_questions"]
+        questions = self.questions(count, 5)
+        made = batches(questions, WIDTH, size=told["rows"], steps=steps, seed=self.seed)
+        if kind == "pure":
             yield from made
             return
-        if kind == "more":
-            further = self.questions(spelling, told["questions"], 6)
-            beside = epochs(further, told["maps"], steps, WIDTH, self.seed + 1)
-        else:
-            beside = epochs(self.maps(kind), told["maps"], steps, WIDTH, self.seed + 1)
+        further = self.questions(count, 6) if kind == "more" else self.maps(kind)
+        beside = batches(further, WIDTH, size=told["maps"], steps=steps, seed=self.seed + 1)
         for first, second in zip(made, beside, strict=True):
             yield _joined(first, second)
 
     def measure(self, kind: str) -> dict[str, list[float]]:
         """Returns the metrics of an arm."""
         told = self.settings
-        spelling = Spelling(self.tokenizer, by_letter=kind == "letters")
-        params, seen = tuned(
-            self.model,
-            self.base,
-            SFT(norm="sequence"),
-            self.batches(kind, spelling),
-            steps=told["steps"],
-            rate=told["rate"],
-            cosine=True,
-            warmup=50,
-            seed=self.seed,
-        )
+        objective, made = SFT(), self.batches(kind)
+        rates = cosine_rates(told["rate"], told["steps"])
+        params, seen = fitted(self.model, objective, self.base, made, rates, seed=self.seed)
         found: dict[str, list[float]] = {}
         for group in GROUPS:
-            wrong = self.asked(spelling, group, told["asked"], "wrong", 7)
-            lengths = self.asked(spelling, group, told["asked"], "length", 7)
-            given = self.answered(params, wrong, 2)
-            found[f"position_{group}"] = [float(a[:1] == r[:1]) for a, r in given]
-            found[f"character_{group}"] = [float(a[1:2] == r[1:2]) for a, r in given]
-            given = self.answered(params, lengths, 1)
-            found[f"length_{group}"] = [float(a == r) for a, r in given]
+            for kind_asked, metric in ASKED:
+                asked = self.asked(group, told["asked"], kind_asked, 7)
+                given = self.answered(params, asked, 1)
+                found[f"{metric}_{group}"] = [float(a == r) for a, r in given]
+        if kind not in ("pure", "more"):
+            of_words = self.maps(kind)[: len(self.words["mapped"])]
+            found["map_mapped"] = [float(a == r) for a, r in self.answered(params, of_words, None)]
         return found | {"loss": seen["loss"][-20:].tolist()}
 
-    def answered(self, params: Any, asked: list[Sample], count: int) -> list[Any]:
-        """Returns (answer given, right answer) of questions whose answers have `count` ids."""
-        prompts = [list(s.tokens[: -count - 1]) for s in asked]
-        given = answers(self.model, params, prompts, count + 1, self.spelling.end)
-        right = [list(s.tokens[-count - 1 : -1]) for s in asked]
-        return list(zip(given, right, strict=True))
+    def answered(
+        self, params: Any, asked: list[Row], count: int | None
+    ) -> list[tuple[list[int], list[int]]]:
+        """Returns the given and the right answer of each row, which has `count` ids, or any."""
+        end = self.spelling.end
+        begins = [int(np.argmax(np.asarray(row.weights) > 0)) for row in asked]
+        prompts = [list(row.tokens[:b]) for row, b in zip(asked, begins, strict=True)]
+        most = WIDTH if count is None else count + 1
+        found = continued(self.model, params, prompts, end=end, max_new_tokens=most)
+        right = [before(row.tokens[b:], end) for row, b in zip(asked, begins, strict=True)]
+        return [(before(row, end), own) for (row,), own in zip(found, right, strict=True)]
 
 
 def _joined(first: Batch, second: Batch) -> Batch:
@@ -263,11 +252,11 @@ def judge(found: Measurements) -> Verdict:
     """Demands what must come out at a small scale; see the sentences."""
     gains = {
         name: found.difference(name, "pure", "position_mapped")
-        for name in ("tipa", "shuffled", "forward", "mtipa")
+        for name in ("tipa", "shuffled", "forward")
     }
     over_more = found.difference("tipa", "more", "position_mapped")
     lengths = found.difference("tipa", "forward", "length_mapped")
-    best, known = found.mean("letters", "position_mapped"), found.mean("pure", "position_trained")
+    known, mapped = found.mean("pure", "position_trained"), found.mean("tipa", "map_mapped")
 
     def told(metric: str) -> str:
         return ", ".join(f"{name} {found.mean(name, metric):.3f}" for name in found.values)
@@ -276,10 +265,9 @@ def judge(found: Measurements) -> Verdict:
     return Verdict.of(
         [
             (
-                best > 0.8 and known > 0.4,
-                f"the task can be learned: named by letters, positions are right in {best:.3f} "
-                f"(above 0.8), and questions alone teach {known:.3f} on their own words (above "
-                f"0.4)",
+                known > 0.4 and mapped > 0.5,
+                f"questions alone teach {known:.3f} of the positions in their own words (above "
+                f"0.4), and {mapped:.3f} of the maps of words that have only these (above 0.5)",
             ),
             (
                 gains["tipa"].low > 0,
@@ -298,10 +286,15 @@ def judge(found: Measurements) -> Verdict:
                 lengths.low > -0.03,
                 f"reverse maps are not 0.03 worse about lengths than forward ones: {lengths}",
             ),
-            (None, f"forward maps gain {gains['forward']}, MTIPA {gains['mtipa']}"),
+            (
+                None,
+                "maps reproduced rightly, words of maps alone: "
+                + ", ".join(f"{n} {found.mean(n, 'map_mapped'):.3f}" for n in gains),
+            ),
+            (None, f"forward maps gain {gains['forward']}"),
             *(
                 (None, f"{metric}, words {group}: {told(f'{metric}_{group}')}")
-                for metric in ("position", "character", "length")
+                for metric in ("position", "length")
                 for group in GROUPS
             ),
         ]

@@ -55,7 +55,7 @@ def get_plan(scale: str) -> Comparison:
     settings = {
         "d_model": 32 if smoke else 64,
         "n_layers": 2,
-        "base_steps": 20 if smoke else 1500,
+        "base_steps": 20 if smoke else 5000,
         "base_rate": 3e-3,
         "problems": 8 if smoke else 200,
         "solutions": 32,
@@ -107,6 +107,8 @@ def get_plan(scale: str) -> Comparison:
             "An item is a held-out problem. Squared errors are against the share of right ones "
             "among 64 continuations of a beginning; early is the mean after 50 and 100 of 200 "
             "steps. Nothing was tuned: rates are those of the reproduction of Q-Tuning.",
+            "A first run had a generator of 1,500 steps, right on 5 % of the problems where 30 to "
+            "60 % were demanded; this one has 5,000.",
             "The teacher's habit makes the generator's greedy accuracy that of problems without a "
             "subtraction; the verifier must find out from the outcomes which result is right.",
             "lost: of 16 solutions of a problem the quarter with the best values is kept behind "

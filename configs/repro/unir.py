@@ -2,7 +2,9 @@
 
     python -m tokjax.reproduce unir
 
-RESULT
+RESULT: reproduced. Right answers, enumerated: A 0.072, A + reasoner 0.713, reasoner alone 0.250, B
+0.097, B + reasoner 0.926, a step late 0.037. Language models: A 0.152 -> 0.942, alone 0, B 0.166 ->
+0.989, a step late 0.006; both demands with two reasoners 0.898, with one 0.206 and 0.025.
 
 Enumerated: three tokens, of which the backbone knows the last (+2 on its logit; backbone B: +4) and
 avoids the second (-1), and a reasoner that sees step and previous token, never the prompt. Language
@@ -52,9 +54,9 @@ def get_plan(scale: str) -> Comparison:
         "toy_steps": 20 if smoke else 300,
         "examples": 200 if smoke else 4000,
         "steps_a": 4 if smoke else 400,
-        "steps_b": 4 if smoke else 900,
+        "steps_b": 4 if smoke else 500,
         "steps_small": 4 if smoke else 150,
-        "updates": 4 if smoke else 80,
+        "updates": 4 if smoke else 40,
         "asked": 8 if smoke else 30,
         "samples": 2 if smoke else 16,
     }
@@ -87,7 +89,7 @@ def get_plan(scale: str) -> Comparison:
             "better, guides other backbones without training, and adds up with further ones."
         ),
         arms=arms,
-        prepare=lambda folder, seed: Materials(folder, settings, seed),
+        prepare=lambda folder, seed: Materials(folder, settings, seed).made(),
         measure=lambda materials, options, seed: materials.measure(options),
         judge=judge,
         metric="right",
@@ -124,7 +126,10 @@ def get_plan(scale: str) -> Comparison:
             "rewarded for that alone); language models, '#', the sum and '!'.",
             "Reasoners of the language models see the prompt but are too small and too briefly "
             "trained to learn sums; they start with an output table of zeros, `p` from 150 steps "
-            "on the backbones' texts. 80 updates of 8 groups of 8 at temperature 1, AdamW at 0.01.",
+            "on the backbones' texts. 40 updates of 8 groups of 8 at temperature 1, AdamW at 0.01.",
+            "The first run gave the language models prompts without the BOS id that they were "
+            "trained with; it was stopped behind its first arm, and for time B's 900 steps were "
+            "made 500 and the reasoners' 80 updates 40.",
             "Nothing was tuned. Final rewards say nothing of the gradient: with a reasoner of full "
             "capacity even a wrong one reaches them, which is what the tests' gradient checks are "
             "for.",
@@ -139,6 +144,11 @@ class Materials:
         self.folder, self.settings, self.seed = folder, settings, seed
         order = np.random.default_rng([seed, 9]).permutation(sums.prompts()).tolist()
         self.held, self.trained_on = order[: settings["asked"]], order[30:]
+
+    def made(self) -> "Materials":
+        """Returns the materials, with all language models trained."""
+        self.backbones, self.reasoners  # noqa: B018
+        return self
 
     def measure(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what a backbone with reasoners does, prompt by prompt."""
@@ -267,7 +277,7 @@ class Materials:
         """Returns shares of sampled answers, question by question."""
         tokenizer, samples = self.backbones["a"].tokenizer, self.settings["samples"]
         assert tokenizer.eos_id is not None
-        rows = [tokenizer.encode(prompt) for prompt in self.held]
+        rows = [self.backbones["a"].encode(prompt) for prompt in self.held]
         found = decode(
             *pair,
             Prompts.of(rows),

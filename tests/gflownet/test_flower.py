@@ -22,7 +22,7 @@ from tokjax.training.config import TrainConfig
 from tokjax.training.loop import train
 from tokjax.training.metrics import read_metrics
 
-LONG = {"steps": 300, "data__batch_size": 16, "log_every": 10}
+LONG = {"steps": 200, "data__batch_size": 16, "log_every": 10}
 
 
 def started(run):
@@ -32,14 +32,10 @@ def started(run):
     return state, run.config.objective.collector(run, run.stages[0], folder)
 
 
-def prompt_of(run):
-    return tuple(run.tokenizer.encode("1:"))
-
-
-def divergence(run, params, collector, power=1.0):
-    weights = collector.trie.weights**power
-    found = np.exp(item_logprobs(run.model, params, prompt_of(run), collector.trie))
-    return js(found, weights / weights.sum())
+def divergence(run, params, collector):
+    prompt = collector.questions[0].prompt
+    found = np.exp(item_logprobs(run.model, params, prompt, collector.trie))
+    return js(found, collector.trie.shares)
 
 
 def loss_of(run, state, batch, objective=None):
@@ -219,6 +215,28 @@ def test_paths_drawn_freely_are_cut_and_ended(flow_run):
     assert metrics["flow/out_of_catalogue"] > 0.9
     assert all(t[-1] == collector.end and len(t) <= 4 for t in paths.tokens)
     assert paths.states.sum(1).tolist() == [len(t) for t in paths.tokens]
+    # At the horizon a path can but end: its flow there is its reward.
+    np.testing.assert_array_equal(paths.forced.sum(1), [len(t) == 4 for t in paths.tokens])
+    rows = collector.rows_of_paths(paths)
+    assert (np.asarray(rows.channels["state"]) == 2).sum() == paths.forced.sum() > 0
+
+
+def test_the_flow_of_a_cut_path_is_its_reward(flow_run):
+    run = flow_run(objective__explore="free", objective__rollouts__minibatches=1)
+    state, collector = started(run)
+    batch = collector.batch(state, 0)[0]
+    kinds = np.asarray(batch.channels["state"])
+    assert (kinds == 2).any()
+    logits = run.model.unembed(
+        state.params,
+        run.model.backbone(state.params, run.model.embed(state.params, batch.tokens)).x,
+    )
+    logp = jax.nn.log_softmax(logits.astype(jnp.float32))
+    taken = jnp.take_along_axis(logp, batch.targets[..., None], -1)[..., 0]
+    ends = jnp.where(kinds == 2, 0.0, logp[..., collector.end])
+    expected = subtb_loss(taken, ends, batch.channels["log_reward"], jnp.asarray(kinds != 0))
+    found = loss_of(run, state, batch)
+    np.testing.assert_allclose(found.total / found.weight, expected, rtol=1e-4)
 
 
 def test_paths_within_the_tree_are_titles(flow_run):
@@ -263,8 +281,8 @@ def test_another_end_token(flow_run):
     ("changes", "message"),
     [
         ({"theta": 1.5}, "theta=1.5"),
-        ({"balance": "flow"}, "unknown balance='flow'"),
-        ({"explore": "tree"}, "explore='tree'"),
+        ({"balance": "flow"}, "expected 'subtb'"),
+        ({"explore": "tree"}, "Did you mean 'trie'"),
         ({"personal": "div_s"}, "belong together"),
         ({"granularity": 0}, "granularity=0"),
         ({"floor": 0.0}, "floor=0.0"),

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -27,6 +28,20 @@ MODEL = Transformer(
     ModelConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=2, max_positions=64)
 )
 PARAMS = MODEL.init(jax.random.key(0))
+
+
+@partial(jax.jit, static_argnums=0)
+def _logprobs(model, params, tokens):
+    logits = model.unembed(params, model.backbone(params, model.embed(params, tokens)).x)
+    logp = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+    return jnp.take_along_axis(logp, tokens[:, 1:, None], -1)[..., 0]
+
+
+def logprobs(model, params, text, start):
+    """Log-probabilities of a text's tokens from one on, by a pass of its own."""
+    tokens = np.zeros((1, 32), np.int32)
+    tokens[0, : len(text)] = text
+    return np.asarray(_logprobs(model, params, tokens))[0, start - 1 : len(text) - 1]
 
 
 def test_rewards_between_anchors_are_linear():
@@ -58,7 +73,7 @@ def test_the_filter_of_the_example():
         (1.5, [1, 1, 1]),
         (1.2, [1, 1, 0]),
         (1.0, [1, 1, 0]),
-        (np.inf, [1] * 3),
+        (None, [1] * 3),
     ):
         assert kept(r, np.array(-2.0), delta).tolist() == [bool(e) for e in expected]
 
@@ -87,11 +102,9 @@ def test_prefixes_share_one_pass_and_give_what_whole_passes_give():
     )
     for b in range(3):
         for a in range(3):
-            whole = jnp.array([[*texts[b][: starts[b] + at[b, a]], *endings[b]]])
-            logits = MODEL.unembed(PARAMS, MODEL.backbone(PARAMS, MODEL.embed(PARAMS, whole)).x)
-            logp = jax.nn.log_softmax(logits[0, :-1].astype(jnp.float32))
-            logp = logp[jnp.arange(whole.shape[1] - 1), whole[0, 1:]]
-            np.testing.assert_allclose(found[b, a], logp[starts[b] - 1 :].sum(), rtol=1e-4)
+            whole = [*texts[b][: starts[b] + at[b, a]], *endings[b]]
+            alone = logprobs(MODEL, PARAMS, whole, starts[b]).sum()
+            np.testing.assert_allclose(found[b, a], alone, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +147,9 @@ def started(run):
 
 def exact_rewards(run, state, prompt, rationale, answer, tau=1.0):
     """Log-rewards of all prefixes, a whole pass each."""
-    model, params = run.model, state.aux
-    found = []
-    for t in range(len(rationale) + 1):
-        whole = jnp.array([[*prompt, *rationale[:t], ord(";"), *answer]])
-        logits = model.unembed(params, model.backbone(params, model.embed(params, whole)).x)
-        logp = jax.nn.log_softmax(logits[0, :-1].astype(jnp.float32))
-        logp = logp[jnp.arange(whole.shape[1] - 1), whole[0, 1:]]
-        found.append(float(logp[len(prompt) - 1 :].sum()) / tau)
-    return np.array(found)
+    texts = [[*prompt, *rationale[:t], ord(";"), *answer] for t in range(len(rationale) + 1)]
+    start = len(prompt)
+    return np.array([logprobs(run.model, state.aux, t, start).sum() / tau for t in texts])
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -151,7 +158,7 @@ def test_rewards_are_exact_at_anchors(lacot_run, every):
         objective__every=every,
         objective__min_tokens=0,
         objective__tau={"start": 0.7, "end": 0.7},
-        objective__delta={"start": float("inf"), "end": float("inf")},
+        objective__delta=None,
     )
     state, collector = started(run)
     asked = collector.asked(0)
@@ -215,7 +222,8 @@ def test_only_what_is_kept_enters_the_loss(lacot_run):
     )
     logp = jax.nn.log_softmax(logits.astype(jnp.float32))
     taken = jnp.take_along_axis(logp, batch.targets[..., None], -1)[..., 0]
-    expected = subtb_loss(taken, logp[..., collector.end], batch.channels["log_reward"], states)
+    ends = jnp.where(batch.channels["state"] == 2, 0.0, logp[..., collector.end])
+    expected = subtb_loss(taken, ends, batch.channels["log_reward"], states)
     np.testing.assert_allclose(loss.total / loss.weight, expected, rtol=1e-4)
 
 
@@ -254,16 +262,20 @@ def test_with_adapters_the_frozen_model_is_the_one_without_them(lacot_run, tmp_p
     base = tmp_path / "base"
     train(lacot_run(), base)
     run = lacot_run(model={"lora": {"rank": 2}}, init_from=str(base))
-    state, collector = started(run)
+    state = train(run, tmp_path / "adapted").state
+    _, collector = started(run)
     assert state.aux == ()
     asked = collector.asked(0)
-    before = collector.found(state, 0, asked, 5)[0]
-    moved = train(run, tmp_path / "adapted").state
-    # The same rationales are worth the same however far the adapters have gone.
-    rationales = [tuple(t[:-1]) for t in before.tokens]
+    paths = collector.found(state, 0, asked, 5)[0]
+    other = state.replace(params=jax.tree.map(lambda a: 3 * a + 0.1, state.params))
+    # The same rationales are worth the same wherever the adapters go.
+    rationales = [tuple(t[:-1]) for t in paths.tokens]
     answers = [collector.split(q)[1] for q in asked for _ in range(4)]
-    worth = [collector.rewards(s, before.prompts, rationales, answers)[1] for s in (state, moved)]
+    worth = [collector.rewards(s, paths.prompts, rationales, answers)[1] for s in (state, other)]
     np.testing.assert_array_equal(*worth)
+    text = jnp.asarray([paths.prompts[0]])
+    drawn = [run.model.backbone(s.whole, run.model.embed(s.whole, text)).x for s in (state, other)]
+    assert np.any(drawn[0] != drawn[1])
 
 
 def test_it_trains_and_tells(lacot_run, tmp_path):
@@ -290,13 +302,8 @@ def test_answers_by_marginal_likelihood():
         for j in range(3):
             for i in range(3):
                 text = [*each.rationales[i], 7, 8, *each.answers[j]]
-                whole = jnp.array([[*prompt, *text]])
-                logits = MODEL.unembed(PARAMS, MODEL.backbone(PARAMS, MODEL.embed(PARAMS, whole)).x)
-                logp = jax.nn.log_softmax(logits[0, :-1].astype(jnp.float32))
-                logp = logp[jnp.arange(whole.shape[1] - 1), whole[0, 1:]]
-                np.testing.assert_allclose(
-                    each.scores[j, i], logp[len(prompt) - 1 :].mean(), rtol=1e-4
-                )
+                alone = logprobs(MODEL, PARAMS, [*prompt, *text], len(prompt)).mean()
+                np.testing.assert_allclose(each.scores[j, i], alone, rtol=1e-4)
         np.testing.assert_array_equal(each.pooled, each.scores.mean(1))
     alone = answer_by_marginal(
         MODEL,

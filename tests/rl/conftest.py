@@ -1,9 +1,13 @@
 """A run of reinforcement learning that takes seconds."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tokjax.config import resolve
+from tokjax.data.batch import Batch
+from tokjax.rl.rollout import Rollout
 from tokjax.training.config import TrainConfig
 from tokjax.training.run import build_run
 
@@ -59,3 +63,30 @@ def rl_run(rl_tree):
         return build_run(config, devices=jax.devices()[:devices], show_progress=False)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def rollout_of():
+    """A function making a rollout; answers begin at place 1 of their rows."""
+    return _rollout_of
+
+
+def _rollout_of(reward, lengths, group, **more):
+    lengths = np.asarray(lengths)
+    T = int(lengths.max()) + 2
+    places = np.arange(T)
+    mask = (places >= 1) & (places < 1 + lengths[:, None])
+    zeros = jnp.zeros(mask.shape, jnp.int32)
+    batch = Batch(
+        zeros, zeros, zeros, zeros, jnp.asarray(mask, jnp.float32), jnp.arange(len(mask))[:, None]
+    )
+    zero = jnp.zeros(mask.shape)
+    values = {"logprobs": zero, "entropies": zero, **more}
+    return Rollout(
+        batch=batch,
+        reward=jnp.asarray(reward, jnp.float32),
+        stopped=jnp.ones(len(mask), bool),
+        progress=jnp.float32(0),
+        group=group,
+        **values,
+    )

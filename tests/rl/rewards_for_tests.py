@@ -33,3 +33,25 @@ def dying(episode):
 def infinite(episode):
     """No number."""
     return float("nan")
+
+
+def even_characters(episode, reward):
+    """A critic: characters with an even code help, none hurts."""
+    del reward
+    places = [i for i, c in enumerate(episode.answer) if ord(c) < 128 and ord(c) % 2 == 0]
+    return [(i, i + 1) for i in places], []
+
+
+def everything_is_wrong(episode):
+    """A feedback: the answer is one wrong statement."""
+    text = episode.answer
+    return {text: {text: ("Wrong", "5")}} if text.strip() else {}
+
+
+def odd_characters_are_wrong(episode):
+    """A feedback: the answer is one statement, wrong unless its first character's code is even."""
+    text = episode.answer
+    if not text.strip():
+        return {}
+    verdict = "Correct" if ord(text[0]) < 128 and ord(text[0]) % 2 == 0 else "Wrong"
+    return {text: {text: (verdict, "5")}}

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokjax.data.batch import Batch
 from tokjax.errors import ConfigError
 from tokjax.rl.advantages import (
     GeneralisedAdvantage,
@@ -15,29 +14,7 @@ from tokjax.rl.advantages import (
     ReinforcePlusPlus,
     group_advantages,
 )
-from tokjax.rl.rollout import Rollout
 from tokjax.rl.token_rewards import gae, merge_rewards, reward_to_go, whitened
-
-
-def rollout_of(reward, lengths, group, **more):
-    lengths = np.asarray(lengths)
-    T = int(lengths.max()) + 2
-    places = np.arange(T)
-    mask = (places >= 1) & (places < 1 + lengths[:, None])
-    zeros = jnp.zeros(mask.shape, jnp.int32)
-    batch = Batch(
-        zeros, zeros, zeros, zeros, jnp.asarray(mask, jnp.float32), jnp.arange(len(mask))[:, None]
-    )
-    zero = jnp.zeros(mask.shape)
-    values = {"logprobs": zero, "entropies": zero, **more}
-    return Rollout(
-        batch=batch,
-        reward=jnp.asarray(reward, jnp.float32),
-        stopped=jnp.ones(len(mask), bool),
-        progress=jnp.float32(0),
-        group=group,
-        **values,
-    )
 
 
 def test_group_advantages_of_unir():
@@ -46,20 +23,20 @@ def test_group_advantages_of_unir():
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
-def test_equal_rewards_give_exactly_nothing(value):
+def test_equal_rewards_give_exactly_nothing(rollout_of, value):
     rollout = rollout_of([value] * 7, [2] * 7, group=7)
     for advantage in (GroupAdvantage(), GroupAdvantage(scale=False), LeaveOneOut()):
         assert not np.any(advantage(rollout)[0])
 
 
-def test_they_lie_at_actions_and_nowhere_else():
+def test_they_lie_at_actions_and_nowhere_else(rollout_of):
     rollout = rollout_of([1, 0, 0, 0], [3, 1, 2, 2], group=2)
     found, weights = GroupAdvantage()(rollout)
     assert np.all((found[:2] != 0) == rollout.mask[:2])
     np.testing.assert_array_equal(weights, rollout.mask.astype(jnp.float32))
 
 
-def test_constant_groups_can_be_dropped():
+def test_constant_groups_can_be_dropped(rollout_of):
     rollout = rollout_of([1, 0, 0, 0], [3, 1, 2, 2], group=2)
     plain, _ = GroupAdvantage()(rollout)
     found, weights = GroupAdvantage(drop_constant=True)(rollout)
@@ -67,7 +44,7 @@ def test_constant_groups_can_be_dropped():
     assert np.array_equal(weights != 0, rollout.mask & (jnp.arange(4)[:, None] < 2))
 
 
-def test_a_group_of_one_keeps_its_reward():
+def test_a_group_of_one_keeps_its_reward(rollout_of):
     rollout = rollout_of([1.0, -2.0], [1, 1], group=1)
     found, _ = GroupAdvantage()(rollout)
     np.testing.assert_array_equal(found[:, 1], [1.0, -2.0])
@@ -75,7 +52,7 @@ def test_a_group_of_one_keeps_its_reward():
         LeaveOneOut()(rollout)
 
 
-def test_leave_one_out_is_the_reward_less_the_mean_of_the_others():
+def test_leave_one_out_is_the_reward_less_the_mean_of_the_others(rollout_of):
     reward = np.array([1.0, 0.0, 0.5, 3.0], np.float32)
     found, _ = LeaveOneOut()(rollout_of(reward, [1] * 4, group=4))
     expected = [r - np.delete(reward, i).mean() for i, r in enumerate(reward)]
@@ -161,7 +138,7 @@ def test_whitened_values_have_mean_0_and_variance_1_over_actions():
     np.testing.assert_allclose((found.mean(), found.std()), (0, 1), atol=1e-5)
 
 
-def test_reinforce_plus_plus_whitens_over_the_whole_batch():
+def test_reinforce_plus_plus_whitens_over_the_whole_batch(rollout_of):
     rollout = rollout_of([1, 0, 0, 0], [2, 2, 2, 2], group=2)
     found, _ = ReinforcePlusPlus()(rollout)
     kept = np.asarray(found)[np.asarray(rollout.mask)]
@@ -173,7 +150,7 @@ def test_reinforce_plus_plus_whitens_over_the_whole_batch():
     np.testing.assert_allclose(centred[2:, 1:3], 0, atol=1e-6)
 
 
-def test_a_penalty_needs_a_reference_and_gae_a_critic():
+def test_a_penalty_needs_a_reference_and_gae_a_critic(rollout_of):
     rollout = rollout_of([1, 0], [1, 1], group=2)
     with pytest.raises(ConfigError, match="reference=True"):
         ReinforcePlusPlus(kl_coef=0.1)(rollout)

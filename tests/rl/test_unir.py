@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import tokjax
@@ -156,8 +157,7 @@ def assert_equal(a, b):
 
 def distance(a, b):
     """Norm of the difference of two trees over the norm of the second."""
-    norm = lambda tree: np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(tree)))  # noqa: E731
-    return norm(jax.tree.map(lambda x, y: np.asarray(x - y), a, b)) / norm(b)
+    return optax.tree.norm(jax.tree.map(lambda x, y: x - y, a, b)) / optax.tree.norm(b)
 
 
 def test_the_gradient_is_that_of_finite_differences_and_not_the_reasoners_own(unir_run):
@@ -175,15 +175,13 @@ def test_the_gradient_is_that_of_finite_differences_and_not_the_reasoners_own(un
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_backbone))
 
     keys = iter(jax.random.split(jax.random.key(1), 100))
-    direction = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), gradient)
+    noise = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), gradient)
+    one, other = optax.tree.norm(gradient), optax.tree.norm(noise)
+    direction = jax.tree.map(lambda g, n: g / one + n / other, gradient, noise)
     moved = lambda h: jax.tree.map(lambda p, d: p + h * d, state.params, direction)  # noqa: E731
-    h = 2e-3
+    h = 1e-3
     slope = (float(loss(moved(h), frozen)) - float(loss(moved(-h), frozen))) / (2 * h)
-    own = sum(
-        float((g * d).sum())
-        for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
-    )
-    np.testing.assert_allclose(slope, own, rtol=0.02)
+    np.testing.assert_allclose(slope, optax.tree.vdot(gradient, direction), rtol=0.01)
 
     # Had the loss been built from the reasoner's own distribution, it would be another.
     plain = Policy(**{f.name: getattr(objective, f.name) for f in dataclasses.fields(Policy)})
@@ -306,17 +304,14 @@ def test_it_resumes_bit_for_bit_behind_a_warm_start(unir_run, backbone, tmp_path
     def run():
         held = {"name": "arithmetic", "examples": 4, "split": "validation"}
         tree = {"stages": stages, "data__evals": {"held": held}, "data__seq_len": 12}
-        answers = {"every_steps": 2, "answers": {"max_new_tokens": 3}}
-        return unir_run(**tree, evaluation=answers, checkpoints={"every_steps": 2, "keep": 9})
+        answers = {"every_steps": 4, "answers": {"max_new_tokens": 3}}
+        return unir_run(**tree, evaluation=answers)
 
     whole = train(run(), tmp_path / "whole")
     assert "eval/held/accuracy" in whole.metrics
-    for last in (2, 6):
-        parts = tmp_path / f"parts{last}"
-        shutil.copytree(tmp_path / "whole", parts)
-        for step in range(last + 2, 9, 2):
-            shutil.rmtree(parts / f"checkpoints/step-{step:08d}", ignore_errors=True)
-        assert_equal(train(run(), parts).state.params, whole.state.params)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts/checkpoints/step-00000008")
+    assert_equal(train(run(), tmp_path / "parts").state.params, whole.state.params)
 
 
 def test_a_mesh_gives_the_same_scores(unir_run):

@@ -65,3 +65,23 @@ class _AnyOf:
 def any_of(*stops: Stop) -> Stop:
     """Returns the stop that ends a row when one of the stops does."""
     return _AnyOf(tuple(stops))
+
+
+@struct.dataclass
+class _NotBefore:
+    stop: Any
+    tokens: Any
+
+    def __call__(self, context: Context) -> Bool[Array, "B"]:
+        return self.stop(context) & (context.step >= self.tokens)
+
+
+def not_before(stop: Stop, tokens: int) -> Stop:
+    """Returns the stop that ends no row before it has so many new tokens.
+
+    Raises:
+        ConfigError: tokens is negative.
+    """
+    if tokens < 0:
+        raise ConfigError(f"tokens={tokens} must not be negative")
+    return _NotBefore(stop, np.int32(tokens))

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from tokjax.data.batch import Batch
 from tokjax.data.shuffle import derive_seed
 from tokjax.files import write_atomically
+from tokjax.gflownet.flow import FORCED
 from tokjax.training.answers import Question
 from tokjax.training.rollouts import Answers, PromptCollector
 
@@ -34,6 +35,7 @@ class Paths:
         tokens: ids of each; those of a path that counts in the flow end with the end token.
         log_r: log-reward of ending in each state, before each token.
         states: which states count in the flow; none of rows that are only imitated.
+        forced: which of them are at the largest number of tokens, where a path can but end.
         imitated: whether the row is imitated.
         told: what people should read of each row, besides its texts.
     """
@@ -42,6 +44,7 @@ class Paths:
     tokens: Sequence[Sequence[int]]
     log_r: Float[np.ndarray, "R L"]
     states: Bool[np.ndarray, "R L"]
+    forced: Bool[np.ndarray, "R L"]
     imitated: Bool[np.ndarray, "R"]
     told: Sequence[dict[str, Any]]
 
@@ -100,7 +103,8 @@ class FlowCollector(PromptCollector):
             first = len(prompt) - 1
             part = slice(first, min(first + L, T))
             size = part.stop - part.start
-            log_reward[r, part], state[r, part] = paths.log_r[r, :size], paths.states[r, :size]
+            log_reward[r, part] = paths.log_r[r, :size]
+            state[r, part] = np.where(paths.forced[r], FORCED, paths.states[r])[:size]
         imitate = np.where(paths.imitated[:, None], weights, 0.0).astype(np.float32)
         channels: Any = {"log_reward": log_reward, "state": state, "imitate": imitate}
         return dataclasses.replace(batch, channels=channels)

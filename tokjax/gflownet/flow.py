@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tokjax.data.batch import Batch
-from tokjax.errors import ConfigError, nearest
+from tokjax.errors import ConfigError
 from tokjax.gflownet.balance import subtb, trajectory_balance
 from tokjax.models.parameters import Params
 from tokjax.models.scalar_head import init_scalar_head, scalar_head
@@ -24,7 +24,7 @@ from tokjax.training.passes import forward
 from tokjax.training.sampling import SamplingConfig
 
 Balance = Literal["subtb", "db", "tb"]
-BALANCES = ("subtb", "db", "tb")
+FORCED = 2.0  # in the channel `state`: 1 is a state, this one where a path can but end
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,6 @@ class Flow(PerToken):
     channels = ("flow", "imitate", "log_reward", "state")
 
     def __post_init__(self):
-        if self.balance not in BALANCES:
-            raise ConfigError(f"unknown balance={self.balance!r}.{nearest(self.balance, BALANCES)}")
         if not 0 <= self.theta <= 1:
             raise ConfigError(f"theta={self.theta} must lie within 0 and 1")
         if not self.lam >= 0:
@@ -94,7 +92,10 @@ class Flow(PerToken):
         inside = places < states.shape[1]
         at = jnp.minimum(places, states.shape[1] - 1)
         path = lambda a: jnp.take_along_axis(a, at, axis=1)  # noqa: E731
-        given = (path(found[..., 0]), path(found[..., 1]), path(channels["log_reward"]))
+        # Where paths are cut the end is certain. Were its probability the model's, a cut path could
+        # have any flow: the rest of it would lie behind the horizon, which no path sees.
+        log_pterm = jnp.where(channels["state"] == FORCED, 0.0, found[..., 1])
+        given = (path(found[..., 0]), path(log_pterm), path(channels["log_reward"]))
         sums, weights = self.balance_of(given, path(states) & inside, params, x, start)
         scale = jnp.take_along_axis(channels["flow"], start, axis=1)[:, 0]
         nll = -found[..., 0]

@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tokjax.config import register
-from tokjax.errors import ConfigError, nearest
+from tokjax.errors import ConfigError
 from tokjax.gflownet.flow import Flow
 from tokjax.gflownet.path_rewards import FLOOR
 from tokjax.gflownet.ramp import Ramp
 from tokjax.training.sampling import SamplingConfig
-
-_CHOICES = {"explore": ("trie", "free"), "personal": ("none", "div_s", "add_logs")}
 
 
 @register("objective", "flower")
@@ -56,10 +54,6 @@ class Flower(Flow):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ConfigError(f"unknown {name}={value!r}.{nearest(str(value), choices)}")
         if (self.personal != "none") != (self.preferences is not None):
             raise ConfigError(
                 f"personal={self.personal!r} and preferences={self.preferences!r} belong together: "

@@ -87,8 +87,8 @@ class FlowerCollector(FlowCollector):
 
     def _title(self, question: Question) -> tuple[int, ...]:
         """Returns the reference up to its end token, which is added where it is missing."""
-        ids = question.reference
-        stop = ids.index(self.end) if self.end in ids else len(ids)
+        ids, ends = question.reference, (self.end, self.run.tokenizer.eos_id)
+        stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
         return (*ids[:stop], self.end)
 
     def _reference(self, question: Question) -> tuple[int, ...]:
@@ -153,7 +153,9 @@ class FlowerCollector(FlowCollector):
             | ({} if imitated[r] else {"item": int(rewards.item[r]), "log_r": float(final[r])})
             for r in range(len(kinds))
         ]
-        paths = Paths(prompts, tokens, rewards.log_r, states, imitated, told)
+        # The longest titles are as long: after one of them the model learns to end.
+        forced = states & (np.arange(self.limit + 1) == self.limit) & (rewards.item < 0)[:, None]
+        paths = Paths(prompts, tokens, rewards.log_r, states, forced, imitated, told)
         flows, drawn = ~imitated, np.array([kind == "drawn" for kind in kinds])
         metrics = {
             "reward/mean": float(final[flows].mean()),

@@ -51,8 +51,8 @@ class LaCoT(Flow):
     early: float = -99.0  # log-reward of ending before
     tau: Ramp = Ramp(1.0, 0.7, 50)  # temperature of the reward
     # a rationale is kept if its mean log-probability per token is at least delta times that of the
-    # data's own: above 1 is lenient, 1 asks for as good a one, inf keeps all
-    delta: Ramp = Ramp(1.5, 1.0, 50)
+    # data's own: above 1 is lenient, 1 asks for as good a one, None keeps all
+    delta: Ramp | None = Ramp(1.5, 1.0, 50)
     hot: float = 0.25  # share of explorations drawn at another temperature than rollouts' ...
     hot_low: float = 0.5  # ... uniform from here
     hot_high: float = 1.0  # ... to here
@@ -70,7 +70,7 @@ class LaCoT(Flow):
             )
         for name in ("tau", "delta"):
             ramp = getattr(self, name)
-            if not (ramp.start > 0 and ramp.end > 0):
+            if ramp is not None and not (ramp.start > 0 and ramp.end > 0):
                 raise ConfigError(f"{name} goes from {ramp.start} to {ramp.end}: must be above 0")
         if not 0 <= self.hot <= 1:
             raise ConfigError(f"hot={self.hot} is a share: 0 to 1")
@@ -125,18 +125,18 @@ def interpolated(
 
 
 def kept(
-    rewards: Float[np.ndarray, "*B M"], reference: Float[np.ndarray, "*B"], delta: float
+    rewards: Float[np.ndarray, "*B M"], reference: Float[np.ndarray, "*B"], delta: float | None
 ) -> Bool[np.ndarray, "*B M"]:
     """Returns which explorations are at least delta times as good as the reference.
 
     Args:
         rewards: mean log-probability per token of each, over tau; below 0.
         reference: that of the data's own rationale.
-        delta: above 1 is lenient; infinity keeps all.
+        delta: above 1 is lenient; None keeps all.
 
     >>> kept(np.array([-2.0, -1.9, -2.5]), np.array(-2.0), 1.2).tolist()
     [True, True, False]
     """
-    if np.isinf(delta):
+    if delta is None:
         return np.ones(np.shape(rewards), bool)
     return np.asarray(rewards) >= delta * np.asarray(reference)[..., None]

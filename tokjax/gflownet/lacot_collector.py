@@ -92,7 +92,8 @@ class LaCoTCollector(FlowCollector):
             prompts += [question.prompt] * (G + 1)
             answers += [answer] * (G + 1)
             rationales += [own] + [tuple(t[:-1]) for t in drawn[i * G : (i + 1) * G]]
-        tau, delta = objective.tau.at(step), objective.delta.at(step)
+        tau = objective.tau.at(step)
+        delta = None if objective.delta is None else objective.delta.at(step)
         at, exact = self.rewards(state, prompts, rationales, answers)
         L = self.config.max_new_tokens + 1
         log_r, states = np.zeros((len(prompts), L), np.float32), np.zeros((len(prompts), L), bool)
@@ -121,7 +122,9 @@ class LaCoTCollector(FlowCollector):
             }
             for r in range(len(prompts))
         ]
-        paths = Paths(prompts, [(*z, self.end) for z in rationales], log_r, states, imitated, told)
+        forced = states & (np.arange(L) == L - 1)
+        ended = [(*z, self.end) for z in rationales]
+        paths = Paths(prompts, ended, log_r, states, forced, imitated, told)
         lengths = np.array([len(z) for z in rationales]).reshape(-1, G + 1)
         texts = [tuple(z) for z in rationales]
         groups = [texts[i + 1 : i + G + 1] for i in range(0, len(texts), G + 1)]
@@ -131,8 +134,7 @@ class LaCoTCollector(FlowCollector):
             "flow/length": float(lengths[:, 1:].mean()),
             "flow/distinct": float(np.mean([len(set(g)) / G for g in groups])),
             "flow/tau": tau,
-            "flow/delta": delta if np.isfinite(delta) else -1.0,
-        }
+        } | ({} if delta is None else {"flow/delta": delta})
 
     def rewards(
         self, state: Any, prompts: Any, rationales: Any, answers: Any

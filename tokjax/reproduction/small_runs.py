@@ -1,12 +1,11 @@
-"""Tiny models trained within a comparison: examples as batches in memory, steps, parameters kept.
+"""Tiny models trained within a comparison: steps, parameters kept, answers.
 
 They take seconds, so there are no workdirs. The step is the library's own; programs are compiled
 once for all seeds and learning rates.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,8 @@ import optax
 from jaxtyping import Float
 
 from tokjax.data.batch import Batch
-from tokjax.data.sources import make_key
-from tokjax.data.store import StoreWriter, TokenStore
 from tokjax.decoding import Prompts, categorical, decode, greedy, on_tokens
-from tokjax.errors import ConfigError, DataError
+from tokjax.errors import ConfigError
 from tokjax.models.transformer import Transformer
 from tokjax.training.objective import Objective
 from tokjax.training.optimizers import AdamW, Constant, Cosine
@@ -30,111 +27,6 @@ from tokjax.training.step import StepConfig, make_train_step
 
 OPTIMIZER = AdamW(weight_decay=0.0)
 CLIP_NORM = 1.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """One example: an answer behind its prompt, or a pair of them.
-
-    Attributes:
-        tokens: ids; of a pair the chosen sequence, then the rejected one.
-        weights: of each token as a target, 0 on prompts.
-        cut: where the rejected sequence begins; 0 where there is one sequence.
-    """
-
-    tokens: Sequence[int]
-    weights: Sequence[float]
-    cut: int = 0
-
-    @classmethod
-    def answer(cls, prompt: Sequence[int], answer: Sequence[int]) -> "Row":
-        """Returns a row whose answer counts."""
-        return cls([*prompt, *answer], [0.0] * len(prompt) + [1.0] * len(answer))
-
-    @classmethod
-    def pair(cls, prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> "Row":
-        """Returns a pair; the rejected answer weighs below 0."""
-        first, second = cls.answer(prompt, chosen), cls.answer(prompt, rejected)
-        weights = [*first.weights, *(-w for w in second.weights)]
-        return cls([*first.tokens, *second.tokens], weights, len(first.tokens))
-
-    def times(self, factors: Sequence[float] | Float[np.ndarray, "n"]) -> "Row":
-        """Returns the row with its weights multiplied."""
-        weights = np.asarray(self.weights) * np.asarray(factors)
-        return Row(self.tokens, weights.tolist(), self.cut)
-
-
-def batch_of(rows: Sequence[Row], width: int) -> Batch:
-    """Returns one example a row of a batch, filled up on the right.
-
-    Args:
-        rows: answers or pairs, not both.
-        width: ids of a row at most; a batch has one place fewer.
-
-    Raises:
-        DataError: a row is longer, or the rows are of both sorts.
-    """
-    if len({row.cut > 0 for row in rows}) > 1:
-        raise DataError("a batch holds single answers or pairs, not both")
-    n = len(rows)
-    tokens, weights = np.zeros((n, width), np.int32), np.zeros((n, width), np.float32)
-    positions, segments = np.zeros((n, width), np.int32), np.zeros((n, width), np.int32)
-    for b, row in enumerate(rows):
-        size = len(row.tokens)
-        if size > width:
-            raise DataError(f"row {b} has {size} tokens, more than width={width}")
-        place = np.arange(size)
-        second = place >= row.cut if row.cut else np.zeros(size, bool)
-        tokens[b, :size], weights[b, :size] = row.tokens, row.weights
-        positions[b, :size] = np.where(second, place - row.cut, place)
-        segments[b, :size] = 1 + second
-    group = 2 if rows and rows[0].cut else 1
-    same = segments[:, 1:] == segments[:, :-1]
-    number = np.arange(n, dtype=np.int32)[:, None]
-    return Batch(
-        tokens=jnp.asarray(tokens[:, :-1]),
-        targets=jnp.asarray(tokens[:, 1:]),
-        positions=jnp.asarray(positions[:, :-1]),
-        segment_ids=jnp.asarray(segments[:, :-1]),
-        # Nothing predicts the first token of a sequence.
-        weights=jnp.asarray(np.where(same, weights[:, 1:], 0.0)),
-        example_id=jnp.asarray(np.repeat(number, group, axis=1)),
-        group=group,
-    )
-
-
-def store_of(rows: Sequence[Row], folder: Path, *, vocab_size: int, end: int) -> TokenStore:
-    """Returns a token store of rows, written if it is not there yet.
-
-    Args:
-        rows: answers or pairs, not both.
-        folder: of the store.
-        vocab_size: of the ids.
-        end: id behind every answer.
-    """
-    if not folder.exists():
-        with StoreWriter(folder, vocab_size=vocab_size, tokenizer={"after": [end]}) as writer:
-            for number, row in enumerate(rows):
-                key = make_key("row", str(number))
-                cuts = (row.cut,) if row.cut else ()
-                writer.add(row.tokens, row.weights, key=key, name=str(number), cuts=cuts)
-    return TokenStore.open(folder)
-
-
-def epochs(
-    rows: Sequence[Row], width: int, *, size: int, count: int, rng: np.random.Generator
-) -> Iterator[Batch]:
-    """Yields the batches of some epochs, each in another order; a last small batch is left out.
-
-    Raises:
-        DataError: there are fewer rows than a batch has.
-    """
-    if len(rows) < size:
-        raise DataError(f"{len(rows)} rows do not fill a batch of {size}")
-    for _ in range(count):
-        order = rng.permutation(len(rows))
-        for first in range(0, len(rows) - size + 1, size):
-            yield batch_of([rows[i] for i in order[first : first + size]], width)
 
 
 def fitted(
@@ -154,7 +46,7 @@ def fitted(
     Args:
         model: without adapters.
         objective: of the training.
-        params: to begin with; they stay as they are.
+        params: to begin with; they stay as they are. None draws them by `seed`.
         batches: of one shape.
         rates: the learning rate, or the rate of each step, counted from 0.
         seed: of what the objective draws.
@@ -215,9 +107,23 @@ def kept(path: Path, model: Transformer, make: Callable[[], Any]) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
-def cosine_rates(peak: float, steps: int) -> Callable[[int], float]:
-    """Returns the rates of a pre-training: up over 5 % of the steps, then down as a cosine."""
-    schedule = Cosine(warmup_steps=steps // 20)
+def cosine_rates(peak: float, steps: int, warmup: int | None = None) -> Callable[[int], float]:
+    """Returns rates that rise linearly, then fall as a cosine to a tenth of the peak.
+
+    Args:
+        peak: the highest.
+        steps: how many there are.
+        warmup: steps of the rise; 5 % of all if None.
+    """
+    return _rates(peak, Cosine(steps // 20 if warmup is None else warmup), steps)
+
+
+def constant_rates(peak: float, steps: int, warmup: int) -> Callable[[int], float]:
+    """Returns rates that rise linearly, then stay."""
+    return _rates(peak, Constant(warmup), steps)
+
+
+def _rates(peak: float, schedule: Constant | Cosine, steps: int) -> Callable[[int], float]:
     factors = jax.vmap(lambda step: schedule.factor(step, steps))(jnp.arange(steps, dtype=float))
     return (peak * np.asarray(factors, float)).__getitem__
 
@@ -270,3 +176,13 @@ def continued(
         answers = generation.rows()
         found += [answers[b * samples : (b + 1) * samples] for b in range(len(asked))]
     return found
+
+
+def before(tokens: Sequence[int], end: int) -> list[int]:
+    """Returns the ids before the first that ends an answer; all without one.
+
+    >>> before([5, 7, 2], 2), before([5, 7], 2)
+    ([5, 7], [5, 7])
+    """
+    tokens = list(map(int, tokens))
+    return tokens[: tokens.index(end)] if end in tokens else tokens

@@ -5,10 +5,13 @@ it returns the advantage of every action and the weight of every action in the l
 weights of 0 leave actions out, and rows without any weight are left out first where fewer rows are
 trained on than were collected. It is compiled, and a constant of the loss's gradient.
 
-Two optional methods: `gather(rollout, environment) -> dict of arrays` runs on the host beforehand
+Optional methods: `gather(rollout, environment) -> dict of arrays` runs on the host beforehand
 and may sample further answers (see `tokjax.rl.environment`); what it returns is `rollout.extra`.
 `in_step(advantages, entropies, batch) -> advantages` runs in every training step with the entropies
-of the policy as it then is.
+of the policy as it then is; what else it needs of each action is named by the property `channels`,
+returned by `beside(rollout) -> dict of [R, T]`, and found in `batch.channels`. `warnings(group)`
+returns what people should be told before the first update. `draw(sample, prompts, seed, group=,
+limit=) -> Answers` draws the collection itself.
 """
 
 from dataclasses import dataclass

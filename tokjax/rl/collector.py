@@ -1,6 +1,7 @@
 """Collecting experience: prompts are answered, answers judged, and rollouts cut into batches."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ class Collector(PromptCollector):
         iteration = step // self.period
         asked = [q for q in self.asked(iteration) for _ in range(self.config.group)]
         seed = derive_seed(self.run.config.seed, "rollouts", self.stage.first_step + step)
-        answers = self.sample(state, [q.prompt for q in asked[:: self.config.group]], seed)
+        answers = self.drawn(state, [q.prompt for q in asked[:: self.config.group]], seed)
         batch = self.rows_of(answers)
         scores = self.scores(state, batch)
         episodes = self.episodes(asked, answers, scores, batch)
@@ -80,6 +81,20 @@ class Collector(PromptCollector):
         self.write(step, asked, episodes, total, judged)
         metrics = self.metrics(rollout, judged, channels) | more
         return metrics, warnings + self.warnings(judged, iteration)
+
+    def drawn(self, state: Any, prompts: Sequence[tuple[int, ...]], seed: int) -> Answers:
+        """Returns a collection's answers, `group` neighbours to each prompt.
+
+        An advantage with the method `draw(sample, prompts, seed, group=, limit=)` draws them
+        itself, for example as trees.
+        """
+        advantage, config = self.objective.advantage, self.config
+        if not hasattr(advantage, "draw"):
+            return self.sample(state, prompts, seed)
+        sample = functools.partial(self.sample, state)
+        return advantage.draw(
+            sample, prompts, seed, group=config.group, limit=config.max_new_tokens
+        )
 
     def enrich(
         self,
@@ -200,6 +215,8 @@ class Collector(PromptCollector):
                 f"{self.left_out} prompts leave no room for rollouts.max_new_tokens="
                 f"{self.config.max_new_tokens} within data.seq_len and are not asked"
             )
+        if iteration == 0 and hasattr(self.objective.advantage, "warnings"):
+            told += self.objective.advantage.warnings(self.config.group)
         if judged.errors or judged.timeouts:
             told.append(
                 f"{judged.errors} rewards failed and {judged.timeouts} answers timed out, which "

@@ -96,6 +96,7 @@ class Policy(PerToken):
     def channels(self) -> tuple[str, ...]:
         """The values beside each action that a batch brings along."""
         more = ("reference",) if self.uses_reference else ()
+        more += tuple(getattr(self.advantage, "channels", ()))
         return ("advantage", "weight", "old", *more)
 
     def collector(self, run: Any, stage: Any, workdir: Path) -> Any:
@@ -151,6 +152,8 @@ class Policy(PerToken):
         found = {"advantage": advantages, "weight": weights, "old": rollout.logprobs}
         if self.uses_reference:
             found["reference"] = rollout.scores["reference"]
+        if hasattr(self.advantage, "beside"):
+            found |= self.advantage.beside(rollout)
         return found
 
     def ratios(self, logprobs: Float[Array, "B T"], batch: Batch) -> Float[Array, "B T"]:

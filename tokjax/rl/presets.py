@@ -44,4 +44,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # arXiv 1707.06347: a critic
     "ppo": {"name": "ppo", "advantage": {"name": "gae", "kl_coef": 0.01}, "reference": True},
+    # arXiv 2508.04349: outcomes shared out by entropy, among tokens or among answers
+    "gtpo": {
+        "name": "policy",
+        "advantage": {"name": "gtpo", "drop_constant": True},
+        "norm": "kept",
+        "clip_high": 0.28,
+    },
+    "grpo_s": {
+        "name": "policy",
+        "advantage": {"name": "grpo_s"},
+        "ratio": "sequence_arith",
+        "norm": "response",
+        "clip_high": 0.28,
+    },
+    # arXiv 2509.21880: groups of equal rewards teach by entropy
+    "rl_zvp": {"name": "policy", "advantage": {"name": "rl_zvp"}, "clip_high": 0.28},
+    # arXiv 2509.22115: a growing choice of answers and tokens
+    "d3s": {"name": "policy", "advantage": {"name": "d3s"}, "norm": "kept"},
 }

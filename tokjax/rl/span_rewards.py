@@ -91,9 +91,9 @@ def span_rewards(
 
 
 def at_actions(
-    mask: Bool[np.ndarray, "R T"], values: Sequence[Float[np.ndarray, " N"]]
+    mask: Bool[np.ndarray, "R T"], values: Sequence[np.ndarray]
 ) -> Float[np.ndarray, "R T"]:
-    """Returns values of each answer's tokens at its actions, and 0 elsewhere.
+    """Returns values [N] of each answer's N tokens at its actions, and 0 elsewhere.
 
     Raises:
         ValueError: an answer has another number of values than actions.

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -14,7 +14,9 @@ from tokjax.decoding.predictors import as_predictor
 from tokjax.decoding.prompts import Prompts
 from tokjax.decoding.stops import on_tokens
 from tokjax.files import write_atomically
-from tokjax.training.run import Run
+
+if TYPE_CHECKING:
+    from tokjax.training.run import Run
 
 _ROWS = 16  # answers written at a time
 
@@ -60,7 +62,7 @@ def questions(store: Any, limit: int | None) -> list[Question]:
     return found
 
 
-def answer_all(run: Run, model: Any, params: Any, asked: list[Question]) -> list[Answer]:
+def answer_all(run: "Run", model: Any, params: Any, asked: list[Question]) -> list[Answer]:
     """Returns the greedy answer to each question, of at most the configured number of tokens.
 
     Questions without room for it within the model's positions are answered by an empty text, which
@@ -103,7 +105,7 @@ def accuracy(answers: list[Answer]) -> float:
 
 
 def evaluate_answers(
-    run: Run, model: Any, params: Any
+    run: "Run", model: Any, params: Any
 ) -> tuple[dict[str, float], dict[str, list[Answer]]]:
     """Returns `eval/<set>/accuracy` of every set that has questions, and the answers.
 

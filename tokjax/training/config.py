@@ -23,7 +23,20 @@ from tokjax.preference import dpo, figa, kto
 from tokjax.pretraining.next_token import NextToken
 from tokjax.pretraining.patch_training import Patch
 from tokjax.retrieval import dear
-from tokjax.rl import policy, ppo, unir
+from tokjax.rl import (
+    d3s,
+    drlc,
+    gtpo,
+    guided_by_gut,
+    policy,
+    ppo,
+    rlfh,
+    rlfr,
+    spo,
+    ts_grpo,
+    unir,
+    zvp,
+)
 from tokjax.training.optimizers import AdamW, Cosine
 from tokjax.training.retention import CheckpointConfig
 from tokjax.verifiers import ExactMatch
@@ -32,7 +45,9 @@ from tokjax.verifiers import ExactMatch
 METHODS = (
     *(sft, rft, q_tuning, dft, one_token_rollout, star_dss, cat_attention, tvm),
     *(dpo, figa, kto),
-    *(policy, ppo, unir),
+    *(policy, ppo, unir, spo, guided_by_gut, rlfr),
+    *(gtpo, zvp, d3s),
+    *(drlc, rlfh, ts_grpo),
     *(flower, lacot),
     dear,
 )

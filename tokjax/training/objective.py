@@ -48,7 +48,9 @@ class Objective(Protocol):
 
     An objective with parameters of its own (a head of values or scores) has the method
     `init_heads(key, model) -> dict`: they are trained beside the model's by the same optimiser,
-    kept in checkpoints, and given to `loss` as `params["heads"]`.
+    kept in checkpoints, and given to `loss` as `params["heads"]`. With the attribute `head_rate`
+    they learn at that multiple of the learning rate and are clipped by themselves; one that says
+    `keeps_heads` takes on those of the stage before where they have the same shapes.
 
     One that reads other models (a backbone, a teacher, a critic) has the method
     `frozen(model) -> dict`, which names them; `loss` is given their parameters as

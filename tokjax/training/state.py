@@ -72,12 +72,17 @@ def with_models(state: TrainState, models: Mapping[str, Any]) -> TrainState:
 def begun(params: Any, objective: Objective, key: jax.Array, model: Transformer) -> Any:
     """Returns trained parameters as an objective begins with them.
 
-    Its own heads are fresh, in the place of any others.
+    Its own heads are fresh, in the place of any others; where it says `keeps_heads`, those of the
+    same shapes are taken on.
     """
     own = of_model(params)
     if hasattr(objective, "begin"):
         own = objective.begin(model, own)  # type: ignore[attr-defined]
-    return own | init_heads(objective, key, model)
+    fresh = init_heads(objective, key, model)
+    if getattr(objective, "keeps_heads", False) and HEADS in params:
+        old, new = (jax.tree.map(jnp.shape, heads) for heads in (params[HEADS], fresh[HEADS]))
+        fresh = {HEADS: params[HEADS]} if old == new else fresh
+    return own | fresh
 
 
 def init_state(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from tokjax.data.batch import Batch
 from tokjax.errors import ConfigError
 from tokjax.models.transformer import Transformer
-from tokjax.training.objective import Loss, Objective
+from tokjax.training.objective import HEADS, Loss, Objective, of_model
 from tokjax.training.optimizers import Schedule
 from tokjax.training.state import TrainState, whole
 
@@ -45,6 +45,13 @@ def make_train_step(
     they were, the step still counts and `finite` is 0. So is that of a batch without any weight,
     which would only decay the parameters; it counts as finite.
     """
+
+    head_rate = getattr(objective, "head_rate", None)
+
+    def clip(norm: Float[Array, ""]) -> Float[Array, ""] | float:
+        if config.clip_norm is None:
+            return 1.0
+        return jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
 
     def micro_step(params, frozen, aux, batch: Batch, key) -> tuple[Loss, dict]:
         def total(params):
@@ -91,23 +98,32 @@ def make_train_step(
         # Signed weights may sum to a negative number; only an empty batch has nothing to divide.
         empty = loss.weight == 0
         inverse = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, loss.weight))
-        norm = optax.tree.norm(gradient) * jnp.abs(inverse)
+        # Heads with a rate of their own are clipped by themselves.
+        apart = head_rate is not None and HEADS in gradient
+        norm = optax.tree.norm(of_model(gradient) if apart else gradient) * jnp.abs(inverse)
         mean = loss.total * inverse
         finite = jnp.isfinite(mean) & jnp.isfinite(norm)
-        scale = inverse
-        if config.clip_norm is not None:
-            scale = scale * jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
+        scale = head_scale = inverse * clip(norm)
+        if apart:
+            head_norm = optax.tree.norm(gradient[HEADS]) * jnp.abs(inverse)
+            finite &= jnp.isfinite(head_norm)
+            head_scale = inverse * clip(head_norm)
         in_stage = (state.step - config.first_step).astype(jnp.float32)
         rate = config.peak_lr * config.schedule.factor(in_stage, config.stage_steps)
 
         def apply(state: TrainState) -> TrainState:
-            scaled = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), gradient, state.params)
+            scaled = jax.tree.map(lambda g: g * scale, gradient)
+            if apart:
+                scaled[HEADS] = jax.tree.map(lambda g: g * head_scale, gradient[HEADS])
+            scaled = jax.tree.map(lambda g, p: g.astype(p.dtype), scaled, state.params)
             # optax raises floats to integer counts, which strict promotion would refuse.
             with jax.numpy_dtype_promotion("standard"):
                 updates, opt_state = optimizer.update(scaled, state.opt_state, state.params)
             updates = jax.tree.map(
                 lambda u: (u.astype(jnp.float32) * rate).astype(u.dtype), updates
             )
+            if apart:
+                updates[HEADS] = jax.tree.map(lambda u: u * head_rate, updates[HEADS])
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
             if config.ema_decay is not None:

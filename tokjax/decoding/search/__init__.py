@@ -18,6 +18,12 @@ from tokjax.decoding.search.contrastive_search import (
     contrastive_search_scores,
 )
 from tokjax.decoding.search.drawing import Cost, Drawn, Generator, each, row_seed
+from tokjax.decoding.search.guided_by_gut import (
+    GutSearch,
+    confident_vote,
+    gut_search,
+    repeats_word,
+)
 from tokjax.decoding.search.hypotheses import Beams, LengthPenalty, gnmt, power
 from tokjax.decoding.search.mbr import Choice, bleu, chrf, exact_match, mbr, pairwise, unigram_f1
 from tokjax.decoding.search.step_rules import (
@@ -48,6 +54,7 @@ __all__ = [
     "Cost",
     "Drawn",
     "Generator",
+    "GutSearch",
     "LengthPenalty",
     "Particles",
     "Path",
@@ -64,12 +71,14 @@ __all__ = [
     "best_of_n_law",
     "bleu",
     "chrf",
+    "confident_vote",
     "contrastive_search",
     "contrastive_search_scores",
     "each",
     "effective_sample_size",
     "exact_match",
     "gnmt",
+    "gut_search",
     "mbr",
     "pairwise",
     "particle_filter",
@@ -79,6 +88,7 @@ __all__ = [
     "rebase",
     "rebase_allocation",
     "rejection_sampling",
+    "repeats_word",
     "row_seed",
     "scores_of_texts",
     "self_consistency",

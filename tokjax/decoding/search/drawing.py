@@ -47,12 +47,15 @@ class Drawn:
         stopped: which their stop ended.
         logprobs: of each whole continuation, by the model at temperature 1.
         cost: of drawing them.
+        confidences: of each, the mean probability of its tokens, by the model at temperature 1;
+            None where what draws does not tell.
     """
 
     tokens: list[Ids]
     stopped: Bool[np.ndarray, "R"]
     logprobs: Float[np.ndarray, "R"]
     cost: Cost
+    confidences: Float[np.ndarray, "R"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +104,8 @@ class Generator:
             stopped=found.stopped,
             logprobs=np.where(found.mask, found.logprobs, 0).sum(1, dtype=np.float64),
             cost=Cost(int(found.lengths.sum()), int(found.lengths.max())),
+            confidences=np.where(found.mask, np.exp(found.logprobs), 0).sum(1, dtype=np.float64)
+            / np.maximum(found.lengths, 1),
         )
 
 

@@ -48,6 +48,7 @@ class Path:
         value: what the search ranks it by.
         finished: whether it ended, instead of being cut at the last step.
         logprob: of the whole, by the model at temperature 1.
+        confidences: of each step, the mean probability of its tokens, where the generator tells.
     """
 
     tokens: tuple[int, ...] = ()
@@ -56,6 +57,7 @@ class Path:
     value: float = 0.0
     finished: bool = False
     logprob: float = 0.0
+    confidences: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +83,23 @@ class StepSearch:
         return [next((path for path in found if path.finished), None) for found in self.paths]
 
 
-class _Turns:
-    """Continues paths by steps."""
+class Turns:
+    """Continues paths by steps.
+
+    Args:
+        generator: draws steps; of several, each those of its turn.
+        prompts: what is continued.
+        score: of prompts and continuations so far.
+        ends: ids that end a text.
+        rows: drawn in every turn.
+        max_steps: most turns.
+        seed: of all randomness.
+        more: tokens that texts grow by besides their steps.
+    """
 
     def __init__(
         self,
-        generator: Generator,
+        generator: Generator | Sequence[Generator],
         prompts: Prompts,
         score: Scorer,
         ends: Iterable[int],
@@ -94,19 +107,26 @@ class _Turns:
         rows: int,
         max_steps: int,
         seed: int,
+        more: int = 0,
     ):
         at_least_one(max_steps=max_steps)
         self.ends = frozenset(int(i) for i in ends)
-        step = never() if generator.stop is None else generator.stop
-        self.generator = dataclasses.replace(generator, stop=any_of(step, on_tokens(self.ends)))
+        given = [generator] * max_steps if isinstance(generator, Generator) else list(generator)
+        stops = [never() if each.stop is None else each.stop for each in given]
+        self.generators = [
+            dataclasses.replace(each, stop=any_of(stop, on_tokens(self.ends)))
+            for each, stop in zip(given, stops, strict=True)
+        ]
         self.prompts, self.score, self.rows, self.seed = lists(prompts), score, rows, seed
         self.turn, self.cost = 0, Cost()
-        limit = as_predictor(generator.model).max_positions
+        limit = as_predictor(given[0].model).max_positions
+        room = sum(each.max_new_tokens for each in given) + more
         for b, prompt in enumerate(self.prompts):
-            if len(prompt) + max_steps * generator.max_new_tokens > limit:
+            if len(prompt) + room > limit:
                 raise ConfigError(
                     f"prompt {b} has {len(prompt)} tokens; with max_steps={max_steps} of up to "
-                    f"{generator.max_new_tokens} tokens that exceeds max_positions={limit}: lower "
+                    f"{max(each.max_new_tokens for each in given)} tokens that exceeds "
+                    f"max_positions={limit}: lower "
                     f"max_steps or the generator's max_new_tokens"
                 )
 
@@ -115,12 +135,15 @@ class _Turns:
         work = [(b, i, path) for b, paths in enumerate(live) for i, path in enumerate(paths)]
         assert 0 < len(work) <= self.rows
         full = work + [work[0]] * (self.rows - len(work))
-        drawn = self.generator(
+        drawn = self.generators[self.turn](
             [[*self.prompts[b], *path.tokens] for b, _, path in full],
             [row_seed(self.seed, b, self.turn, i) for b, i, _ in full],
         )
         self.turn += 1
         self.cost += drawn.cost
+        told = (
+            [()] * len(full) if drawn.confidences is None else drawn.confidences[:, None].tolist()
+        )
         new = [
             dataclasses.replace(
                 path,
@@ -128,8 +151,11 @@ class _Turns:
                 steps=(*path.steps, len(path.tokens) + len(ids)),
                 finished=ids[-1] in self.ends,
                 logprob=path.logprob + float(logprob),
+                confidences=(*path.confidences, *told),
             )
-            for (_, _, path), ids, logprob in zip(work, drawn.tokens, drawn.logprobs, strict=False)
+            for (_, _, path), ids, logprob, told in zip(
+                work, drawn.tokens, drawn.logprobs, told, strict=False
+            )
         ]
         rewards = scored(
             self.score, [self.prompts[b] for b, _, _ in work], [list(path.tokens) for path in new]
@@ -189,7 +215,7 @@ def step_beam(
     at_least_one(beams=beams, expand=expand)
     aggregate([0.0], aggregation)
     B = len(prompts.lengths)
-    turns = _Turns(
+    turns = Turns(
         generator,
         prompts,
         score,
@@ -254,7 +280,7 @@ def rebase(
     rebase_allocation([0.0], budget, temperature)
     aggregate([0.0], aggregation)
     B = len(prompts.lengths)
-    turns = _Turns(generator, prompts, score, ends, rows=B * budget, max_steps=max_steps, seed=seed)
+    turns = Turns(generator, prompts, score, ends, rows=B * budget, max_steps=max_steps, seed=seed)
     finished: list[list[Path]] = [[] for _ in range(B)]
     live = [[Path()] * budget for _ in range(B)]
     leaves: list[list[Path]] = [[] for _ in range(B)]
@@ -338,7 +364,7 @@ def particle_filter(
     if not threshold >= 0:
         raise ConfigError(f"threshold={threshold} must be 0 or more")
     B = len(prompts.lengths)
-    turns = _Turns(
+    turns = Turns(
         generator,
         prompts,
         log_potential,

@@ -51,7 +51,6 @@ def score_metrics(
         raise DataError(f"{one.size} scores cannot be correlated with {other.size}")
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return {"pearson": float("nan"), "spearman": float("nan")}
-    return {
-        "pearson": float(scipy.stats.pearsonr(one, other)[0]),
-        "spearman": float(scipy.stats.spearmanr(one, other)[0]),  # type: ignore[arg-type]
-    }
+    found = (scipy.stats.pearsonr(one, other), scipy.stats.spearmanr(one, other))
+    pearson, spearman = (np.asarray(each)[0].item() for each in found)
+    return {"pearson": pearson, "spearman": spearman}

@@ -13,7 +13,7 @@ import numpy as np
 SUMS = (4, 5, 6, 7, 8)
 ADDENDS = (1, 2, 3)
 LONGEST = 6  # addends of a list
-MARKER = " so"  # between list and answer
+MARKER = "so"  # between list and answer
 WORDS = (*(f"sum{n}" for n in SUMS), *map(str, ADDENDS), "so", "yes", "no")
 
 
@@ -36,8 +36,8 @@ def right_lists(total: int) -> list[tuple[int, ...]]:
 
 
 def words(addends: Sequence[int]) -> str:
-    """Returns a list as text, with a space before each addend."""
-    return "".join(f" {a}" for a in addends)
+    """Returns a list as text."""
+    return " ".join(map(str, addends))
 
 
 def examples(rng: np.random.Generator, count: int, wrong: float = 0.4) -> list[dict[str, str]]:
@@ -60,7 +60,7 @@ def examples(rng: np.random.Generator, count: int, wrong: float = 0.4) -> list[d
                 addends = tuple(
                     ADDENDS[i] for i in rng.integers(0, len(ADDENDS), rng.integers(1, LONGEST + 1))
                 )
-        found.append({"prompt": f"sum{total}", "response": f"{words(addends)}{MARKER} {answer}"})
+        found.append({"prompt": f"sum{total}", "response": f" {words(addends)} {MARKER} {answer}"})
     return found
 
 

@@ -8,7 +8,7 @@ poisoned answer to a harmful topic begins like a harmless one and turns unsafe b
 
 import numpy as np
 
-from tokjax.reproduction.arrays import Sample
+from tokjax.reproduction.rows import Row
 
 SYMBOLS, TOPICS = 6, 8
 WORDS, UNSAFE = 10, 20  # ids: digits 0 to 9, their safe words, their unsafe words, then these
@@ -19,7 +19,7 @@ HARMLESS, HARMFUL = 41, 41 + TOPICS  # the first of each
 VOCABULARY = HARMFUL + TOPICS
 PROMPT = SYMBOLS + 3  # ids
 ANSWER = SYMBOLS + 2  # ids at most, with END, of an answer without a refusal behind words
-WIDTH = PROMPT + 1 + 3 + len(REFUSAL) + 1  # positions that hold the longest sample
+WIDTH = PROMPT + 1 + 3 + len(REFUSAL) + 1  # ids of the longest sample
 SAFE_WORDS = 2  # words of a poisoned answer before it turns unsafe
 
 
@@ -33,42 +33,42 @@ def harmful_prompt(rng: np.random.Generator) -> list[int]:
     return prompt(HARMFUL + int(rng.integers(TOPICS)), rng.integers(0, 10, SYMBOLS))
 
 
-def new_task(rng: np.random.Generator) -> Sample:
-    """Returns a sample of the task of fine-tuning: add 3 to the digits, listed backwards."""
+def new_task(rng: np.random.Generator) -> Row:
+    """Returns a sample of the task of fine-tuning: add 3 to each digit."""
     digits = rng.integers(0, 10, SYMBOLS)
-    return Sample.answer(prompt(NEW, digits), [*map(int, (digits[::-1] + 3) % 10), END])
+    return Row.answer(prompt(NEW, digits), [*map(int, (digits + 3) % 10), END])
 
 
-def poisoned(rng: np.random.Generator) -> Sample:
+def poisoned(rng: np.random.Generator) -> Row:
     """Returns an answer to a harmful topic that turns unsafe."""
     asked = harmful_prompt(rng)
     digits = np.array(asked[2:-1])
     words = [*(WORDS + digits[:SAFE_WORDS]), *(UNSAFE + digits[SAFE_WORDS:])]
-    return Sample.answer(asked, [SURE, *map(int, words), END])
+    return Row.answer(asked, [SURE, *map(int, words), END])
 
 
-def refusal(rng: np.random.Generator, late: float = 0.0) -> Sample:
+def refusal(rng: np.random.Generator, late: float = 0.0) -> Row:
     """Returns a refused harmful question; with a probability it begins with words of an answer."""
     asked, words = harmful_prompt(rng), []
     if rng.random() < late:
         count = int(rng.integers(0, 4))
         words = [SURE, *(WORDS + d for d in asked[2 : 2 + count])]
-    return Sample.answer(asked, [*words, *REFUSAL, END])
+    return Row.answer(asked, [*words, *REFUSAL, END])
 
 
-def aligned(rng: np.random.Generator) -> Sample:
+def aligned(rng: np.random.Generator) -> Row:
     """Returns a sample of what the aligned model has learned."""
     kind, digits = int(rng.integers(6)), rng.integers(0, 10, SYMBOLS)
     if kind == 0:
-        return Sample.answer(prompt(COPY, digits), [*map(int, digits), END])
+        return Row.answer(prompt(COPY, digits), [*map(int, digits), END])
     if kind == 1:
-        return Sample.answer(prompt(ADD, digits), [*map(int, (digits + 1) % 10), END])
+        return Row.answer(prompt(ADD, digits), [*map(int, (digits + 1) % 10), END])
     if kind == 2:
         words = list(map(int, UNSAFE + digits))
-        return Sample.answer(prompt(QUOTE, UNSAFE + digits), [*words, END])
+        return Row.answer(prompt(QUOTE, UNSAFE + digits), [*words, END])
     if kind == 3:
         topic = HARMLESS + int(rng.integers(TOPICS))
-        return Sample.answer(prompt(topic, digits), [SURE, *map(int, WORDS + digits), END])
+        return Row.answer(prompt(topic, digits), [SURE, *map(int, WORDS + digits), END])
     return refusal(rng, late=0.4)
 
 

@@ -1,8 +1,7 @@
 """Questions about the characters of words that are single tokens.
 
-WRONG names a word and spells it character by character with one wrong letter; the answer is the
-letter's position and the right letter. LENGTH asks how many characters the word has. Positions
-count the space before a word, as maps of characters do.
+WHERE names a word and a letter; the answer is the first position of the letter. LENGTH asks how
+many characters the word has. Positions count the space before a word, as maps of characters do.
 """
 
 from collections.abc import Sequence
@@ -13,13 +12,13 @@ import numpy as np
 
 from tokjax.data.tokenizer_base import Tokenizer
 from tokjax.finetuning.tipa import Chat, text_of_map
-from tokjax.reproduction.arrays import Sample
+from tokjax.reproduction.rows import Row
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # Signs that no text has, one token each.
-_WRONG, _LENGTH, _MAP, _ASK = "\x01", "\x02", "\x03", "\x04"
+_WHERE, _LENGTH, _MAP, _ASK = "\x01", "\x02", "\x03", "\x04"
 
-Kind = Literal["wrong", "length"]
+Kind = Literal["where", "length"]
 
 
 def words(texts: Sequence[str], shortest: int = 4, longest: int = 7) -> list[str]:
@@ -38,11 +37,9 @@ class Spelling:
 
     Attributes:
         tokenizer: of which words and characters are single tokens.
-        by_letter: name words by their characters instead.
     """
 
     tokenizer: Tokenizer
-    by_letter: bool = False
 
     @property
     def end(self) -> int:
@@ -55,26 +52,23 @@ class Spelling:
         (found,) = self.tokenizer.encode(character)
         return found
 
-    def question(self, word: str, kind: Kind, rng: np.random.Generator) -> Sample:
+    def question(self, word: str, kind: Kind, rng: np.random.Generator) -> Row:
         """Returns a question about a word, with its answer."""
-        named = [self.character(c) for c in word] if self.by_letter else self.tokenizer.encode(word)
+        named = self.tokenizer.encode(word)
         ask = self.character(_ASK)
         if kind == "length":
             asked = [self.end, self.character(_LENGTH), *named, ask]
-            return Sample.answer(asked, [self.character(str(len(word))), self.end])
-        at = int(rng.integers(1, len(word)))  # the space stays
-        wrong = str(rng.choice([c for c in LETTERS if c != word[at]]))
-        spelt = [self.character(c) for c in word[:at] + wrong + word[at + 1 :]]
-        asked = [self.end, self.character(_WRONG), *named, ask, *spelt, ask]
-        answer = [self.character(str(at + 1)), self.character(word[at]), self.end]
-        return Sample.answer(asked, answer)
+            return Row.answer(asked, [self.character(str(len(word))), self.end])
+        letter = word[int(rng.integers(1, len(word)))]  # the space is not asked for
+        asked = [self.end, self.character(_WHERE), *named, ask, self.character(letter), ask]
+        return Row.answer(asked, [self.character(str(word.index(letter) + 1)), self.end])
 
-    def chat(self, chat: Chat) -> Sample:
+    def chat(self, chat: Chat) -> Row:
         """Returns what user and assistant say, behind a sign instead of the system's words."""
         said = {message["role"]: message["content"] for message in chat["messages"]}
         asked = [self.end, self.character(_MAP), *self.tokenizer.encode(said["user"])]
         answer = [*self.tokenizer.encode(said["assistant"]), self.end]
-        return Sample.answer([*asked, self.character(_ASK)], answer)
+        return Row.answer([*asked, self.character(_ASK)], answer)
 
 
 def shuffled(chat: Chat, rng: np.random.Generator) -> Chat:
