@@ -2,8 +2,6 @@
 
     python -m tokjax.reproduce flower
 
-What came out is in docs/reproductions/flower.json and .png.
-
 A made-up catalogue: 100 titles over 11 words, counts by Zipf's law; the target is counts^0.5, since
 SFT on interactions has the counts themselves as its optimum. A model of 30,000 parameters:
     untrained      as it begins

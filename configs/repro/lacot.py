@@ -2,8 +2,6 @@
 
     python -m tokjax.reproduce lacot
 
-What came out is in docs/reproductions/lacot.json and .png.
-
 A question names a sum of 4 to 8, a rationale is an ordered list of up to six addends of 1 to 3, the
 answer says whether they make the sum; 40 % of the examples of SFT do not. All 1,092 lists are
 enumerated, so the posterior of the list given "yes" under the model of SFT is known exactly:

@@ -22,7 +22,7 @@ from tokjax.training.config import TrainConfig
 from tokjax.training.loop import train
 from tokjax.training.metrics import read_metrics
 
-LONG = {"steps": 200, "data__batch_size": 16, "log_every": 10}
+LONG = {"steps": 400, "data__batch_size": 16, "log_every": 10}
 
 
 def started(run):
@@ -43,27 +43,18 @@ def loss_of(run, state, batch, objective=None):
     return objective.loss(run.model, state.params, state.aux, batch, jax.random.key(0))
 
 
-@pytest.mark.parametrize(
-    ("changes", "bound"),
-    [
-        ({"theta": 0.0, "explore": "free", "buffer": {"start": 0.5, "end": 0.5}}, 2e-3),
-        (
-            {"theta": 0.0, "power": 0.5, "explore": "free", "buffer": {"start": 0.5, "end": 0.5}},
-            2e-3,
-        ),
-    ],
-    ids=["counts", "tempered"],
-)
-def test_it_samples_in_proportion_to_the_weights(flow_run, tmp_path, changes, bound):
-    run = flow_run(**LONG, **{f"objective__{k}": v for k, v in changes.items()})
+@pytest.mark.parametrize("power", [1.0, 0.5], ids=["counts", "tempered"])
+def test_it_samples_in_proportion_to_the_weights(flow_run, tmp_path, power):
+    free = {"explore": "free", "buffer": {"start": 0.5, "end": 0.5}, "power": power}
+    run = flow_run(**LONG, **{f"objective__{k}": v for k, v in free.items()})
     state, collector = started(run)
     before = divergence(run, state.params, collector)
     trained = train(run, tmp_path).state
-    after = divergence(run, trained.params, collector)
-    assert after < bound < before
+    assert divergence(run, trained.params, collector) < before / 10
     table = read_metrics(tmp_path)
-    assert table["flow/off_trie"][-1] < 0.05 < table["flow/off_trie"][0]
-    assert table["flow_loss"][-1] < table["flow_loss"][0] / 50
+    leaks = [v for v in table["flow/off_trie"] if v is not None]
+    assert leaks[-1] < leaks[0] / 5
+    assert table["flow_loss"][-1] < table["flow_loss"][0] / 10
 
 
 def test_everything_is_told(flow_run, tmp_path):

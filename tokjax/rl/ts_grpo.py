@@ -200,8 +200,8 @@ class TSGRPO(Policy):
         SQLExecution(),
     )  # named by the advantage
     advantage: Annotated[Any, Choice("advantage")] = SpanAdvantage()  # gives spans
-    ratio: Ratio = "mixed"
-    norm: Norm = "response"
+    ratio: Ratio = "mixed"  # of each token of the plan, and of the whole answer; no other is one
+    norm: Norm = "response"  # each span's mean, then that over the answers; no other is one
     answer_clip_low: float = 3e-4  # the answer's ratio is clipped to 1 - answer_clip_low ...
     answer_clip_high: float = 4e-4  # ... and 1 + answer_clip_high
 
@@ -210,7 +210,7 @@ class TSGRPO(Policy):
         if self.ratio != "mixed" or self.norm != "response":
             raise ConfigError(
                 f"objective 'ts_grpo' is ratio 'mixed' and norm 'response'; ratio={self.ratio!r} "
-                f"and norm={self.norm!r} are other objectives': use 'policy'"
+                f"and norm={self.norm!r} are other objectives: use 'policy'"
             )
         if not isinstance(self.advantage, SpanAdvantage):
             raise ConfigError("objective 'ts_grpo' needs the advantage 'ts_grpo'")
