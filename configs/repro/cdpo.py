@@ -19,6 +19,10 @@ and those that are trained on the pairs, with 1 - s as weights of rejected token
     mean         their mean over all pairs, everywhere
     position     cDPO, compared position by position as in the released trainer
     base         the model before
+
+It did not reproduce: the contrast's AUC is .894, that of the good model alone .887 and of entropy
+.876; right samples are .846 with cDPO, .775 with DPO, .874 with shuffled weights and .878 with
+their mean everywhere. What helps is a smaller weight of the rejected side.
 """
 
 from collections.abc import Mapping, Sequence

@@ -24,6 +24,9 @@ alone. The arms differ in that data, made of the same pairs:
     other        the same, severities by the ranks of the second model
     dcsqe        the same, errors widened to phrases
     shuffled     the same, each sentence's severities in another order
+
+It did not reproduce: the MCC of tags is .203, above random words (.012), free search (.138) and
+self-annotation (-.002), but not above attraction alone (.219).
 """
 
 import dataclasses

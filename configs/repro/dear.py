@@ -22,6 +22,10 @@ of the second, which begins with the order of `dear`:
     listwise        the written order
     listwise_mixed  the same, beginning with the windows' order shuffled: position bias
     oracle          the windows ordered by the true relevances
+
+The scores reproduce, the written order does not: nDCG@10 is .713 with the teacher's share .1 and
+.965 with .5, .601 without the teacher and .584 with permuted scores; the written order leaves the
+scores' order as it is, and shuffled windows cost .045.
 """
 
 from collections.abc import Mapping, Sequence

@@ -22,6 +22,9 @@ The arms:
     both      tuned in both directions
     shuffled  as both, with the behaviour of other videos (control)
 Each is also tuned on 50 posts with a new behaviour, a click rate; `content` is then "the 50 alone".
+
+It did not reproduce: behaviour in the text lowers the RMSE of replays from 28.7 to 22.3 and speech
+is chosen better, but the shuffled control gains nearly as much there, and topics are forgotten.
 """
 
 import dataclasses
