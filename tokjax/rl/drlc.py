@@ -34,7 +34,8 @@ class DRLC(PPO):
     critic: Annotated[Any, Choice("critic")] = Lexicon()  # quotes what helped and what hurt
     positive: float = 0.8  # reward of a token in a span that helped
     negative: float = -0.8  # reward of a token in a span that hurt
-    threshold: float = math.inf  # the critic is asked about answers rewarded at most this
+    # the critic is asked about answers rewarded at most this; None asks about all
+    threshold: float | None = None
     # a token is in a span by the characters it stands for, or ("bag", as the reference code does)
     # if its text occurs anywhere in the spans
     match: Match = "offset"
@@ -47,7 +48,7 @@ class DRLC(PPO):
         for name in ("positive", "negative"):
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name}={getattr(self, name)} must be a finite number")
-        if math.isnan(self.threshold):
+        if self.threshold is not None and math.isnan(self.threshold):
             raise ConfigError("threshold is no number")
 
     def token_rewards(
@@ -55,7 +56,8 @@ class DRLC(PPO):
     ) -> Float[np.ndarray, "R T"]:
         """Returns what the critic's spans pay each action."""
         rewards = np.asarray(rollout.reward)
-        asked = np.flatnonzero(rewards <= self.threshold).tolist()
+        limit = math.inf if self.threshold is None else self.threshold
+        asked = np.flatnonzero(rewards <= limit).tolist()
         critiques = [Critique()] * len(episodes)
         told = self.critic([episodes[i] for i in asked], [float(rewards[i]) for i in asked])
         for i, critique in zip(asked, told, strict=True):
