@@ -327,7 +327,7 @@ def stepped(objective, batch, mesh=None, **changes):
         placed = {
             f.name: jax.device_put(getattr(batch, f.name), ids if f.name == "example_id" else rows)
             for f in dataclasses.fields(batch)
-            if f.name != "channels"
+            if f.name not in ("channels", "values", "group")
         }
         state = jax.jit(make, out_shardings=layout)()
         return jax.jit(step, out_shardings=(layout, None))(state, Batch(**placed))

@@ -116,14 +116,17 @@ def test_the_least_error_of_pure_noise(t):
 
 
 def test_a_flow_learns_what_its_condition_tells():
-    """h is the condition plus little noise: the error falls to near that noise's, far below 2."""
+    """h is the condition plus little noise: the error falls below all that is possible without it.
+
+    That is 1 / (t^2 + (1 - t)^2), 1 at least, for whatever t.
+    """
     import optax
 
     keys = jax.random.split(jax.random.key(3), 3)
-    condition = jax.random.normal(keys[0], (1, 64, 8, 4))
+    condition = jax.random.normal(keys[0], (1, 64, 8, 16))
     h = condition + 0.05 * jax.random.normal(keys[1], condition.shape)
     pairs = (h, condition, jnp.full((1, 1, 1), 0.5))
-    flow = init_flow(keys[2], 4, depth=2)
+    flow = init_flow(keys[2], 16, depth=2)
     config = FlowConfig(depth=2)
     optimizer = optax.adam(1e-2)
 
@@ -139,7 +142,7 @@ def test_a_flow_learns_what_its_condition_tells():
         flow, state, value = step(flow, state, jax.random.key(i))
         values.append(float(value))
     assert values[0] > 1.5
-    assert np.mean(values[-20:]) < 0.4
+    assert np.mean(values[-20:]) < 0.7
 
 
 def test_which_blocks_are_read():

@@ -28,9 +28,9 @@ from tokjax.training.trained import load_trained
 class Student(PerToken, WithoutState):
     """KL from a frozen teacher."""
 
-    teacher: str = ""
-    heads: bool = False
-    doubled: bool = False
+    teacher: str = ""  # checkpoint of the teacher
+    heads: bool = False  # read its heads too
+    doubled: bool = False  # begin with twice the last norm
 
     def frozen(self, model):
         return {"teacher": frozen_model(self.teacher, model, heads=self.heads)}
