@@ -107,7 +107,8 @@ def get_plan(scale: str) -> Comparison:
             "Two earlier runs of Flower (400 updates: JS 0.040, then 1,200: 0.159) showed an "
             "error: mass went to paths that are cut at the horizon, whose end now has "
             "probability 1. What is judged did not change. PPO's settings are those of the preset, "
-            "with 16 answers to a prompt.",
+            "with 16 answers to a prompt. Flower's rate was lowered from 5e-3 after the second of "
+            "these runs; PPO's updates were halved and those on films cut to 400, for time.",
             "Films: those of at most four words among the 20 to 300 most rated; users whose number "
             "divides by 5 are held out by the data set, of the others a fifth is asked.",
             "In this small data set a film has about 100 ratings; the histories say little, and "
