@@ -90,7 +90,7 @@ _ROWS = (
     Method("tvm", "Token-Supervised Value Models for Enhancing Mathematical Problem-Solving Capabilities of Large Language Models", "2407.12863", 2024, "rl", "A verifier learns at every token the share of sampled solutions that end right from that prefix.", "tokjax.finetuning.tvm", "did not reproduce"),
     Method("unir", "Universal Reasoner: A Single, Composable Plug-and-Play Reasoner for Frozen LLMs", "2505.19075", 2025, "rl", "Trains a small policy whose logits are added to those of any frozen model of the same vocabulary.", "tokjax.rl.unir", "reproduced"),
     # gflownet
-    Method("flower", "Process-Supervised LLM Recommenders via Flow-guided Tuning", "2503.07377", 2025, "gflownet", "Flow through the prefix tree of item titles gives token rewards, so sampling is proportional to popularity.", "tokjax.gflownet.flower", "implemented"),
+    Method("flower", "Process-Supervised LLM Recommenders via Flow-guided Tuning", "2503.07377", 2025, "gflownet", "Flow through the prefix tree of item titles gives token rewards, so sampling is proportional to popularity.", "tokjax.gflownet.flower", "did not reproduce"),
     Method("lacot", "Latent Chain-of-Thought for Visual Reasoning", "2510.23925", 2025, "gflownet", "Samples rationales from their posterior given the answer by sub-trajectory balance on sparse rewards.", "tokjax.gflownet.lacot", "implemented"),
     # decoding
     Method("budget_guidance", "Steering LLM Thinking with Budget Guidance", "2506.13752", 2025, "decoding", "Multiplies next-token probabilities by the chance to finish thinking within the remaining budget.", "tokjax.decoding.budget.guided", "reproduced"),

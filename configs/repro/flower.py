@@ -16,6 +16,10 @@ Films (`movielens_small` in TOKJAX_TEST_DATA): 200 films, the next one after a u
     films_sft      SFT
     films_flower   Flower with theta 0.99, weights counts^0.5, paths within the tree
     films_shuffled the same with the weights given to other films (control)
+
+Titles reproduce: the JS from the tempered target is .0003 with Flower, .073 with SFT, .577 with PPO
+and .068 with shuffled weights. Films do not: unfairness is .182 against SFT's .178, and shuffled
+weights give the same.
 """
 
 import csv
