@@ -34,7 +34,7 @@ def get_config(method: str = "dapo", seed: int = 0) -> ConfigDict:
                 dict(objective=dict(name="sft"), share=0.1),
                 dict(objective=objective, share=0.9, rate=0.2),
             ],
-            steps=2000,
+            steps=3200,
             optimizer=dict(name="adamw", peak_lr=1e-3, weight_decay=0.0),
             schedule=dict(name="constant", warmup_steps=10),
             evaluation=dict(every_steps=100, answers=dict(max_examples=256, max_new_tokens=5)),

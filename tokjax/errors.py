@@ -2,8 +2,8 @@
 
 Exit codes: 0 finished; 2 the command or configuration is wrong; 3 the data is wrong;
 4 a checkpoint cannot be used; 5 the loss or a gradient was not finite; 6 the disk or the
-working directory failed; 7 the memory did not suffice; 75 stopped by SIGTERM after saving
-(run the same command to continue).
+working directory failed; 7 the memory did not suffice; 8 another process of the run is gone; 75
+stopped by SIGTERM after saving (run the same command to continue).
 """
 
 import difflib
@@ -52,6 +52,12 @@ class MemoryLimitError(TokjaxError, MemoryError):
     """More memory was needed than the host or a device has."""
 
     exit_code = 7
+
+
+class LostProcessError(TokjaxError, RuntimeError):
+    """Another process of the run has ended, so that this one cannot go on."""
+
+    exit_code = 8
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -36,13 +36,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     config = cli.load_config(TrainConfig, args)
 
-    from tokjax.parallel.distributed import initialise
+    from tokjax.parallel.distributed import explaining_losses, initialise
     from tokjax.training.loop import train
     from tokjax.training.run import build_run
 
     initialise()
-    run = build_run(config)
-    result = train(run, Path(args["workdir"]), started=_STARTED)
+    with explaining_losses():
+        run = build_run(config)
+        result = train(run, Path(args["workdir"]), started=_STARTED)
     if result.report is not None:
         for name, value in result.metrics.items():
             print(f"{name} {value:.4f}")
