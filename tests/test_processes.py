@@ -9,10 +9,17 @@ import time
 
 import jax
 import numpy as np
+import pytest
 
 from tokjax.training.metrics import read_metrics
 
-COMMAND = [sys.executable, "-m", "tokjax.train"]
+MESHES = {
+    "data": (2, {"data": 2}),
+    "fsdp": (2, {"data": 1, "fsdp": 2}),
+    "tensor": (2, {"data": 1, "tensor": 2}),
+    "sequence": (2, {"data": 1, "sequence": 2}),
+    "fsdp and tensor": (4, {"data": 1, "fsdp": 2, "tensor": 2}),
+}
 
 
 def free_port() -> int:
@@ -21,8 +28,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(config, workdir, log, processes):
+def start(config, workdir, log, processes, mesh=None):
+    """Returns the started processes of one run; what each says goes to `log.<index>`."""
     port, started = free_port(), []
+    axes = [f"--config.mesh.{name}={size}" for name, size in (mesh or {}).items()]
     for index in range(processes):
         environment = {
             **os.environ,
@@ -34,6 +43,7 @@ def start(config, workdir, log, processes):
                 "TOKJAX_COORDINATOR": f"127.0.0.1:{port}",
                 "TOKJAX_PROCESS_COUNT": str(processes),
                 "TOKJAX_PROCESS_INDEX": str(index),
+                "TOKJAX_HEARTBEAT_S": "10",
             }
         with open(f"{log}.{index}", "w") as output:
             started.append(
@@ -44,6 +54,7 @@ def start(config, workdir, log, processes):
                         "tokjax.train",
                         f"--config={config}",
                         f"--workdir={workdir}",
+                        *axes,
                     ],
                     env=environment,
                     stdout=output,
@@ -91,3 +102,89 @@ def test_sigterm_to_one_process_stops_both_and_one_process_goes_on(tiny_tree, tm
     losses = [np.asarray([v for v in t["loss"] if v is not None]) for t in (one, two)]
     np.testing.assert_allclose(losses[0][:20], losses[1][:20], rtol=1e-5)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-2)
+
+
+def write_config(tree, folder):
+    path = folder / "config.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
+        f"    return ConfigDict({tree!r})\n"
+    )
+    return path
+
+
+def losses(workdir):
+    return np.asarray([v for v in read_metrics(workdir)["loss"] if v is not None])
+
+
+def finish(processes, log):
+    codes = [process.wait(timeout=240) for process in processes]
+    assert codes == [0] * len(codes), [
+        log.with_name(f"{log.name}.{i}").read_text() for i in range(len(codes))
+    ]
+
+
+def wait_for_step(workdir, step, processes):
+    deadline = time.monotonic() + 240
+    while max(read_metrics(workdir).get("step", [0]) or [0]) < step:
+        assert all(process.poll() is None for process in processes), "ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def long_config(tiny_tree, tmp_path):
+    """A run of 200 steps with a checkpoint every 5."""
+    tree = tiny_tree(
+        steps=200,
+        checkpoints={"every_steps": 5},
+        evaluation={"every_steps": 200},
+        optimizer__peak_lr=1e-3,
+        log_every=1,
+    )
+    return write_config(tree, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def alone():
+    """Losses of one process, by the text of the configuration: computed once."""
+    return {}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_any_mesh_of_real_processes_trains_as_one_process_does(tiny_tree, alone, mesh, tmp_path):
+    processes, sizes = MESHES[mesh]
+    tree = tiny_tree(steps=20, evaluation={"every_steps": 20}, optimizer__peak_lr=1e-3)
+    config = write_config(tree, tmp_path)
+    if "losses" not in alone:
+        finish(start(config, tmp_path / "one", tmp_path / "alone", 1), tmp_path / "alone")
+        alone["losses"] = losses(tmp_path / "one")
+    several = start(config, tmp_path / "several", tmp_path / "log", processes, sizes)
+    finish(several, tmp_path / "log")
+    found = losses(tmp_path / "several")
+    assert found.shape == (20,)
+    np.testing.assert_allclose(found, alone["losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("before", "behind"), [(4, 1), (1, 4)])
+def test_what_so_many_processes_saved_before_a_kill_others_continue(
+    long_config, before, behind, tmp_path
+):
+    split = {4: {"data": 1, "fsdp": 2, "tensor": 2}, 1: {}}
+    workdir = tmp_path / "run"
+    first = start(long_config, workdir, tmp_path / "first", before, split[before])
+    wait_for_step(workdir, 12, first)
+    first[-1].kill()
+    codes = [process.wait(timeout=60) for process in first]
+    assert all(code != 0 for code in codes)
+    if before > 1:
+        told = [(tmp_path / f"first.{i}").read_text() for i in range(before - 1)]
+        assert all("heartbeats):\n3" in text or "process" in text for text in told)
+    rest = start(long_config, workdir, tmp_path / "rest", behind, split[behind])
+    finish(rest, tmp_path / "rest")
+    assert "continuing from step" in (tmp_path / "rest.0").read_text()
+    finish(start(long_config, tmp_path / "one", tmp_path / "alone", 1), tmp_path / "alone")
+    found, expected = losses(workdir), losses(tmp_path / "one")
+    assert found.shape == expected.shape == (200,)
+    np.testing.assert_allclose(found[:20], expected[:20], rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
