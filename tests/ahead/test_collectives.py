@@ -1,0 +1,100 @@
+"""Collectives are read from a program's text: kind, size, group, how often."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tokjax.ahead.collectives import Collective, by_kind, collectives
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    auto = (AxisType.Auto,) * 2
+    return jax.make_mesh((2, 4), ("a", "b"), devices=jax.devices()[:8], axis_types=auto)
+
+
+def compiled(mesh, function, specs, out, *shapes):
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, specs, strict=True)
+    ]
+    sharded = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+    return jax.jit(sharded).lower(*arguments).compile().as_text()
+
+
+def test_a_sum_over_four_devices(mesh):
+    text = compiled(mesh, lambda x: jax.lax.psum(x, "b"), (P("b"),), P(), (64, 32))
+    (found,) = collectives(text, 8)
+    assert (found.kind, found.size, found.group, found.times) == ("all-reduce", 16 * 32 * 4, 4, 1)
+    assert found.moved == 2 * 0.75 * 16 * 32 * 4
+
+
+def test_gathering_and_scattering_move_the_same(mesh):
+    gather = compiled(
+        mesh, lambda x: jax.lax.all_gather(x, "b", tiled=True), (P("b"),), P(), (64, 32)
+    )
+    (gathered,) = collectives(gather, 8)
+    assert (gathered.kind, gathered.size, gathered.group) == ("all-gather", 64 * 32 * 4, 4)
+    scatter = compiled(
+        mesh, lambda x: jax.lax.psum_scatter(x, "b", tiled=True), (P(),), P("b"), (64, 32)
+    )
+    (scattered,) = collectives(scatter, 8)
+    assert scattered.kind == "reduce-scatter"
+    assert scattered.moved == gathered.moved == 0.75 * 64 * 32 * 4
+
+
+def test_a_loop_runs_its_collectives_as_often_as_it_says(mesh):
+    def loop(x):
+        def step(c, _):
+            return jax.lax.ppermute(c, "a", [(0, 1), (1, 0)]) + 1.0, None
+
+        def outer(c, _):
+            return jax.lax.scan(step, c, None, length=3)[0], None
+
+        return jax.lax.scan(outer, x, None, length=5)[0]
+
+    text = compiled(mesh, loop, (P("a"),), P("a"), (64, 32))
+    (found,) = collectives(text, 8)
+    assert (found.kind, found.size, found.times) == ("collective-permute", 32 * 32 * 4, 15)
+    assert found.moved == 15 * 32 * 32 * 4
+
+
+def test_a_program_of_one_device_has_none():
+    assert collectives(jax.jit(jnp.sin).lower(jnp.ones(3)).compile().as_text(), 1) == []
+
+
+_TPU = """
+%cond (p: (s32[], bf16[2,3])) -> pred[] {
+  %c = s32[]{:T(128)} constant(30), metadata={}
+  ROOT %lt = pred[] compare(%g, %c), direction=LT
+}
+
+%body (p: (s32[], bf16[2,3])) -> (s32[], bf16[2,3]) {
+  %s = (bf16[1,36,576], bf16[1,36,576]{2,1,0}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%x), channel_id=4, source_target_pairs={{0,15},{1,0}}
+  %d = bf16[1,36,576]{2,1,0} collective-permute-done(%s)
+}
+
+ENTRY %main (p: s32[]) -> s32[] {
+  %w = (s32[], bf16[2,3]) while(%t), condition=%cond, body=%body, metadata={}
+  %g = bf16[16,36,64]{2,1,0} all-gather(%c), channel_id=137, \
+replica_groups=mesh['axis_0'=2,'axis_1'=16] {'axis_1'}, dimensions={0}
+  %r = f32[8]{0} all-reduce(%c), channel_id=1, replica_groups=[4,8]<=[32], to_apply=%add
+}
+"""
+
+
+def test_the_forms_in_which_tpu_programs_write_groups_and_loops():
+    found = collectives(_TPU, 32)
+    assert [(each.kind, each.size, each.group, each.times) for each in found] == [
+        ("collective-permute", 36 * 576 * 2, 2, 30),
+        ("all-gather", 16 * 36 * 64 * 2, 16, 1),
+        ("all-reduce", 32, 8, 1),
+    ]
+    assert by_kind(found)["collective-permute"] == (30, 30 * 36 * 576 * 2)
+
+
+def test_a_group_of_one_moves_nothing():
+    assert Collective("all-reduce", 100, 1, 1).moved == 0

@@ -1,0 +1,150 @@
+"""The collectives of a compiled program, from its text: kind, size, group, how often."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4}
+_BYTES |= {"u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
+_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.-]+) (?:\(.*)?.*\{$")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_OPERATION = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_LIMIT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective that every device takes part in, as often as a loop runs it.
+
+    Attributes:
+        kind: one of `KINDS`.
+        size: bytes of its result on one device; of a reduce-scatter, of its argument.
+        group: devices that exchange with each other.
+        times: how often one step of the program runs it.
+        groups: the devices of the first group, by number; () where they are not told.
+    """
+
+    kind: str
+    size: int
+    group: int
+    times: int
+    groups: tuple[int, ...] = ()
+
+    @property
+    def moved(self) -> float:
+        """Bytes that a device sends in one step, by the ring algorithm."""
+        share = (self.group - 1) / self.group if self.group > 1 else 0.0
+        once = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        return once * self.size * self.times
+
+
+def collectives(text: str, devices: int) -> list[Collective]:
+    """Returns the collectives of an optimised HLO module's text.
+
+    A loop's length is read from the constant that its counter is compared with.
+
+    Args:
+        text: `compiled.as_text()`.
+        devices: that the program runs on.
+    """
+    bodies = dict(_computations(text))
+    entry = next((name for name, (is_entry, _) in bodies.items() if is_entry), None)
+    return [] if entry is None else list(_walk(bodies, entry, 1, devices))
+
+
+def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
+    name, is_entry, lines = "", False, []
+    for line in text.splitlines():
+        if not line.startswith((" ", "}")) and line.endswith("{") and (head := _HEAD.match(line)):
+            name, is_entry, lines = head.group(1), line.startswith("ENTRY"), []
+        elif line.startswith("}") and name:
+            yield name, (is_entry, lines)
+            name = ""
+        elif name:
+            lines.append(line)
+
+
+def _walk(bodies: dict, name: str, times: int, devices: int) -> Iterator[Collective]:
+    for line in bodies.get(name, (False, []))[1]:
+        if (found := _OPERATION.match(line)) is not None:
+            yield _collective(found, line, times, devices)
+        elif (loop := _WHILE.search(line)) is not None:
+            condition, body = loop.groups()
+            yield from _walk(bodies, body, times * _trips(bodies, line, condition), devices)
+            continue
+        called = _CALLED.findall(line)
+        if (branches := _BRANCHES.search(line)) is not None:
+            called += [each.strip().lstrip("%") for each in branches.group(1).split(",")]
+        for each in called:
+            yield from _walk(bodies, each, times, devices)
+
+
+def _trips(bodies: dict, line: str, condition: str) -> int:
+    if (told := _TRIPS.search(line)) is not None:
+        return int(told.group(1))
+    limits = [
+        int(n) for each in bodies.get(condition, (False, []))[1] for n in _LIMIT.findall(each)
+    ]
+    return max(limits, default=1)
+
+
+def _collective(found: re.Match, line: str, times: int, devices: int) -> Collective:
+    shapes, kind, started = found.groups()
+    sizes = [_size(*each) for each in _ARRAY.findall(shapes) if each[0] in _BYTES]
+    if started and kind in ("all-gather", "collective-permute"):
+        # (arguments, results, and for permutes two counters)
+        sizes = sizes[1:2] if kind == "collective-permute" else sizes[len(sizes) // 2 :]
+    members = _group(line, devices)
+    group = len(members) if members else _group_size(line, devices)
+    size = sum(sizes) * (group if kind == "reduce-scatter" else 1)
+    return Collective(kind, size, group, times, members)
+
+
+def _size(dtype: str, shape: str) -> int:
+    count = 1
+    for side in shape.split(","):
+        count *= int(side) if side else 1
+    return count * _BYTES[dtype]
+
+
+def _group(line: str, devices: int) -> tuple[int, ...]:
+    """Returns the first group's devices where they are listed."""
+    if (listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line)) is not None:
+        return tuple(map(int, listed.group(1).split(",")))
+    if re.search(r"replica_groups=\{\}", line) is not None:
+        return tuple(range(devices))
+    if (pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line)) is not None:
+        return tuple(map(int, pairs.groups()))
+    return ()
+
+
+def _group_size(line: str, devices: int) -> int:
+    """Returns the size of groups that are written as a shape of the devices."""
+    if (iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line)) is not None:
+        return int(iota.group(2))
+    if (mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line)) is not None:
+        sizes = {axis: int(n) for axis, n in re.findall(r"'?(\w+)'?=(\d+)", mesh.group(1))}
+        size = 1
+        for axis in re.findall(r"'?(\w+)'?", mesh.group(2)):
+            size *= sizes.get(axis, 1)
+        return size
+    return devices
+
+
+def by_kind(found: Sequence[Collective]) -> dict[str, tuple[int, float]]:
+    """Returns for each kind how often it runs in a step and the bytes that a device sends."""
+    return {
+        kind: (
+            sum(each.times for each in found if each.kind == kind),
+            sum(each.moved for each in found if each.kind == kind),
+        )
+        for kind in KINDS
+        if any(each.kind == kind for each in found)
+    }

@@ -1,0 +1,50 @@
+"""The floating-point operations of a traced function, loops and recomputation included."""
+
+import math
+from typing import Any
+
+import jax
+
+
+def operations(jaxpr: Any) -> float:
+    """Returns the operations of all matrix products of a traced function, over all devices.
+
+    Two for each product of numbers. A scan counts as often as it runs; of the branches of a
+    condition the costliest counts; a `while` loop, whose length nobody knows, counts once.
+
+    Args:
+        jaxpr: what `jax.make_jaxpr` returns, or one inside another.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return sum(_of_equation(each) for each in jaxpr.eqns)
+
+
+def _of_equation(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        depth = math.prod(shape[axis] for axis in contracted)
+        return 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
+    if name == "cond":
+        return max(operations(branch) for branch in params["branches"])
+    inner = sum(operations(each) for each in _inner(params))
+    if name == "scan":
+        return inner * params["length"]
+    if name == "shard_map":  # its body is what one device does
+        return inner * math.prod(dict(params["mesh"].shape).values())
+    return inner
+
+
+def _inner(params: dict[str, Any]) -> list[Any]:
+    """Returns the functions that an equation calls."""
+    found = []
+    for value in params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(each, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr):
+                found.append(each)
+    return found
