@@ -21,7 +21,7 @@ from tokjax.models.cost import forward_flops, training_flops
 from tokjax.models.encoder import decoder_or_encoder
 from tokjax.models.transformer import with_vocabulary
 from tokjax.parallel.mesh import build_mesh
-from tokjax.parallel.rules import BATCH_AXES, fit_spec, parameter_shardings
+from tokjax.parallel.rules import BATCH_AXES, RULES, fit_spec, parameter_shardings
 from tokjax.training.config import TrainConfig
 from tokjax.training.program import Program, Stage
 
@@ -95,8 +95,8 @@ def training_estimate(made: Program, topology: Topology, stage: Stage) -> Estima
 def decoding_estimate(made: Program, topology: Topology, rows: int, capacity: int) -> Estimate:
     """Returns what one step of decoding needs: a token for every row, beside a full cache.
 
-    Weights are in the compute dtype and lie as in training; rows are split among the mesh axes of
-    the batch, the heads of the cache among `tensor`.
+    Weights are in the compute dtype, split along `tensor` and whole otherwise; rows are split among
+    the mesh axes of the batch, the heads of the cache among `tensor`.
 
     Args:
         made: of the run.
@@ -108,7 +108,8 @@ def decoding_estimate(made: Program, topology: Topology, rows: int, capacity: in
     config = with_dtypes(config, config.dtype, config.dtype)
     model = dataclasses.replace(made.model, config=config)
     shapes = model.abstract_params()
-    shardings = parameter_shardings(parameters.logical_axes(config), shapes, mesh)
+    axes = parameters.logical_axes(config)
+    shardings = parameter_shardings(axes, shapes, mesh, {**RULES, "embed": None})
     params = _unstacked(
         jax.tree.map(
             lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings

@@ -106,6 +106,9 @@ class ModelConfig:
     mixer: Annotated[Any, Choice("mixer")] | None = None
 
     tie_embeddings: bool = True  # the output head is the embedding table
+    # rows of the learned embedding table: fewer than ids (0 has no table) where tokens have no
+    # vectors of their own (see `tokjax.pretraining.lexinvariant`); None means one for each id
+    embedding_rows: int | None = None
     embedding_width: int | None = None  # of the embedding table and head; None means d_model
     embedding_scale: float | None = None  # factor of the embeddings; None means 1
     token_types: int = 0  # rows of the table of segment types (BERT); 0 has none
@@ -196,6 +199,14 @@ class ModelConfig:
             self._check_relative()
         if self.norm_bias and (self.norm != "layer" or self.norm_plus_one):
             raise ConfigError("norm_bias needs norm='layer' and no norm_plus_one")
+        if self.embedding_rows is not None:
+            if self.embedding_rows < 0:
+                raise ConfigError(f"embedding_rows={self.embedding_rows} must not be negative")
+            if not self.tie_embeddings or self.head_bias:
+                raise ConfigError("embedding_rows needs tie_embeddings=True and head_bias=False")
+        mixer: Any = self.mixer
+        if hasattr(mixer, "check"):
+            mixer.check(self)
 
     def _check_relative(self) -> None:
         exact = self.relative_buckets // (2 if self.causal else 4)

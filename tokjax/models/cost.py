@@ -23,7 +23,9 @@ def forward_flops(config: ModelConfig, positions: int) -> float:
         if len(p.shape) == 2
     )
     attention = 2 * positions * config.n_heads * config.head_width
-    per_layer = matrices + attention
+    mixer: Any = config.mixer
+    filters = mixer.products(config.d_model) if hasattr(mixer, "products") else 0
+    per_layer = matrices + attention + filters
     return 2.0 * (config.n_layers * per_layer + config.vocabulary * config.d_model)
 
 
