@@ -6,7 +6,8 @@
 `catalogue` the same titles with their leading space and a weight each, how often they were chosen:
 {"title": " Fargo", "weight": 181}. The weights may be a file of interactions itself (one a line, of
 weight 1 each). With `init_from` a model is tuned; without, a small one is trained from nothing.
-Recommend from the result with `tokjax.gflownet.constraint.recommend`; see docs/gflownets.md.
+Recommend from the result with `tokjax.decoding.constrained.on_trie.recommend`; see
+docs/gflownets.md.
 """
 
 from typing import Any

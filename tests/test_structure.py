@@ -23,7 +23,7 @@ LAYERS = (
 )
 FAMILIES = (
     *("pretraining", "finetuning", "preference", "rl", "gflownet", "tokenization", "analysis"),
-    "retrieval",
+    *("retrieval", "recsys"),
 )
 
 

@@ -36,12 +36,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from tokjax.decoding.constrained.on_trie import recommend
+from tokjax.decoding.constrained.trie import TokenTrie
 from tokjax.decoding.prompts import Prompts
 from tokjax.errors import ConfigError
-from tokjax.gflownet import metrics
-from tokjax.gflownet.constraint import recommend
+from tokjax.evaluation import recommendations as metrics
 from tokjax.gflownet.exact import flow_policy, item_logprobs
-from tokjax.gflownet.trie import TokenTrie
 from tokjax.language_model import LanguageModel
 from tokjax.reproduction import Bars, Comparison, Measurements, Treatment, Verdict
 from tokjax.reproduction.materials import jsonl, trained, word_tokenizer

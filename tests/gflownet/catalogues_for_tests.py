@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokjax.gflownet.trie import TokenTrie
+from tokjax.decoding.constrained.trie import TokenTrie
 
 END = 0
 ITEMS = ((1, 2), (1, 3), (4,), (1,))  # one begins like two others

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from catalogues_for_tests import END, drawn, example
 
+from tokjax.decoding.constrained.on_trie import automaton, heights, on_trie, recommend
+from tokjax.decoding.constrained.trie import TokenTrie
 from tokjax.decoding.engine import decode
 from tokjax.decoding.prompts import Prompts
 from tokjax.decoding.samplers import categorical
 from tokjax.errors import ConfigError
-from tokjax.gflownet.constraint import automaton, heights, on_trie, recommend
 from tokjax.gflownet.exact import flow_policy, item_logprobs
-from tokjax.gflownet.trie import TokenTrie
 from tokjax.models import ModelConfig, Transformer
 
 TRIE = drawn(1, items=30, symbols=6, longest=4)

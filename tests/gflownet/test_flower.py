@@ -12,11 +12,11 @@ import pytest
 
 from tokjax.config import resolve
 from tokjax.errors import ConfigError, DataError
+from tokjax.evaluation.recommendations import js
 from tokjax.gflownet.balance import subtb_loss
 from tokjax.gflownet.catalogue import read_catalogue, read_preferences
 from tokjax.gflownet.exact import item_logprobs
 from tokjax.gflownet.flower import Flower
-from tokjax.gflownet.metrics import js
 from tokjax.gflownet.ramp import Ramp
 from tokjax.training.config import TrainConfig
 from tokjax.training.loop import train

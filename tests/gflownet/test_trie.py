@@ -7,8 +7,8 @@ from catalogues_for_tests import END, ITEMS, WEIGHTS, drawn, example, padded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokjax.decoding.constrained.trie import TokenTrie, walk
 from tokjax.errors import ConfigError, DataError
-from tokjax.gflownet.trie import TokenTrie, walk
 
 
 def test_edges_are_the_logs_of_shares_of_flow():

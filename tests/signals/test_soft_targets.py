@@ -119,7 +119,7 @@ def test_targets_are_constants():
 @pytest.mark.parametrize(
     ("soft", "message"),
     [
-        (SoftTargets(), "need ids with probs, rows, or a uniform mass"),
+        (SoftTargets(), "need ids with probs, rows, a uniform mass, or a kernel"),
         (SoftTargets(IDS), "need both ids and probs"),
         (SoftTargets(IDS, MASS[..., :1]), "ids (4, 6, 2) and probs (4, 6, 1) must be alike"),
         (SoftTargets(IDS[0], MASS[0]), "ids (6, 2) must be [B, T, K]"),

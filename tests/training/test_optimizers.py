@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +77,38 @@ def test_weight_decay_shrinks_exactly_what_the_mask_names(params, kind, embeddin
     for path, p in by_path(params).items():
         expected = -0.25 * p if mask[path] else jnp.zeros_like(p)
         np.testing.assert_allclose(updates[path], expected, rtol=1e-6, err_msg=path)
+
+
+def test_without_weight_decay_adamw_is_adam(params):
+    gradient = jax.tree.map(lambda p: jnp.sin(7 * p), params)
+    found = first_update(AdamW(weight_decay=0.0), params, gradient)
+    adam = optax.adam(1.0, 0.9, 0.95)
+    expected = by_path(adam.update(gradient, adam.init(params), params)[0])
+    for path, update in found.items():
+        np.testing.assert_allclose(update, expected[path], rtol=1e-6, err_msg=path)
+
+
+def test_rows_of_the_embedding_that_were_not_read_need_not_decay(params):
+    gradient = jax.tree.map(jnp.zeros_like, params)
+    gradient["embedding"] = gradient["embedding"].at[jnp.array([2, 5])].set(0.3)
+    rows = first_update(AdamW(weight_decay=0.25, decay_rows="touched"), params, gradient)
+    every = first_update(AdamW(weight_decay=0.25), params, gradient)
+    for path, update in rows.items():
+        if path != "embedding":
+            np.testing.assert_array_equal(update, every[path], err_msg=path)
+    table = np.asarray(params["embedding"])
+    read = np.isin(np.arange(24), [2, 5])
+    np.testing.assert_allclose(rows["embedding"][~read], np.zeros_like(table[~read]), atol=1e-7)
+    np.testing.assert_array_equal(rows["embedding"][read], every["embedding"][read])
+    np.testing.assert_allclose(every["embedding"][~read], -0.25 * table[~read], rtol=1e-6)
+
+
+def test_rows_of_a_tied_table_all_have_gradients_and_are_refused():
+    tied = dataclasses.replace(CONFIG, tie_embeddings=True)
+    with pytest.raises(ConfigError, match="tie_embeddings=False"):
+        AdamW(decay_rows="touched").build(tied)
+    with pytest.raises(ConfigError, match="unknown decay_rows='some'"):
+        AdamW(decay_rows="some")  # type: ignore[arg-type]
 
 
 def test_muons_two_weight_decays_spare_norms_and_biases(params):

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from tokjax.data.tokenizers import Tokenizer
+from tokjax.decoding.constrained.trie import TokenTrie
 from tokjax.errors import DataError
-from tokjax.gflownet.trie import TokenTrie
 
 
 @dataclass(frozen=True)

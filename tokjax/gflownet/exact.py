@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tokjax.decoding.constrained.trie import TokenTrie, TrieArrays, walk
 from tokjax.decoding.prompts import bucket
 from tokjax.gflownet.path_rewards import FLOOR
-from tokjax.gflownet.trie import TokenTrie, TrieArrays, walk
 from tokjax.models.transformer import Transformer
 
 

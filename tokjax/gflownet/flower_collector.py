@@ -11,12 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tokjax.data.batch import Batch
+from tokjax.decoding.constrained.on_trie import on_trie
+from tokjax.decoding.constrained.trie import TrieArrays
 from tokjax.decoding.transforms import chain
 from tokjax.decoding.transforms.base import Transform
 from tokjax.errors import ConfigError, DataError
 from tokjax.gflownet.catalogue import one_token, read_catalogue, read_preferences
 from tokjax.gflownet.collector import FlowCollector, Paths
-from tokjax.gflownet.constraint import on_trie
 from tokjax.gflownet.flower import Flower
 from tokjax.gflownet.path_rewards import (
     ending,
@@ -24,7 +25,6 @@ from tokjax.gflownet.path_rewards import (
     personal_bonuses,
     personal_divisors,
 )
-from tokjax.gflownet.trie import TrieArrays
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
 from tokjax.training.answers import Question

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tokjax import struct
+from tokjax.decoding.constrained.trie import TrieArrays, walk
 from tokjax.gflownet.balance import action_mask
-from tokjax.gflownet.trie import TrieArrays, walk
 
 FLOOR = -15.0  # log-reward of what is no item, and of every edge that is not in the tree
 

@@ -37,6 +37,7 @@ def fitted(
     rates: float | Callable[[int], float],
     *,
     seed: int = 0,
+    steps: int = 1,
     after_step: Callable[[int, Any], None] | None = None,
 ) -> tuple[Any, dict[str, Float[np.ndarray, "N"]]]:
     """Returns the parameters behind a step on each batch, and the metrics of all steps.
@@ -50,12 +51,13 @@ def fitted(
         batches: of one shape.
         rates: the learning rate, or the rate of each step, counted from 0.
         seed: of what the objective draws.
+        steps: of the training, for objectives that change as it goes on.
         after_step: called with the number of steps done and the parameters.
 
     Raises:
         ConfigError: a step's loss or gradient was not finite.
     """
-    step = _step(model, objective)
+    step = _step(model, objective, steps)
     state = _init(model, objective)(seed, params)
     rate_of = rates if callable(rates) else lambda _: rates
     seen = []
@@ -73,12 +75,12 @@ def fitted(
 
 
 @functools.cache
-def _step(model: Transformer, objective: Objective) -> Callable[..., Any]:
+def _step(model: Transformer, objective: Objective, steps: int) -> Callable[..., Any]:
     optimizer: optax.GradientTransformation = OPTIMIZER.build(model.config)
 
     @jax.jit
     def step(state, batch, rate):
-        config = StepConfig(rate, Constant(), 0, 1, clip_norm=CLIP_NORM)
+        config = StepConfig(rate, Constant(), 0, steps, clip_norm=CLIP_NORM)
         return make_train_step(model, objective, optimizer, config)(state, batch)
 
     return step

@@ -61,8 +61,11 @@ class Collector(PromptCollector):
         episodes = self.episodes(asked, answers, scores, batch)
         judged = self.judged(episodes)
         total = sum(
-            np.float32(reward.weight) * judged.scores[name]
-            for name, reward in zip(self.judge.names, self.objective.rewards, strict=True)
+            (
+                np.float32(reward.weight) * judged.scores[name]
+                for name, reward in zip(self.judge.names, self.objective.rewards, strict=True)
+            ),
+            start=np.zeros(len(episodes), np.float32),
         )
         rollout = Rollout(
             batch=batch,
@@ -78,7 +81,7 @@ class Collector(PromptCollector):
         rollout, more, warnings = self.enrich(state, rollout, asked, answers, episodes, seed)
         channels = jax.device_get(self._shape(rollout))
         self.cut(batch, channels, seed)
-        self.write(step, asked, episodes, total, judged)
+        self.write(step, asked, episodes, np.asarray(rollout.reward), judged)
         metrics = self.metrics(rollout, judged, channels) | more
         return metrics, warnings + self.warnings(judged, iteration)
 
@@ -108,7 +111,7 @@ class Collector(PromptCollector):
         """Returns the rollout with token rewards and what the advantage gathers, and metrics.
 
         An objective with the method `token_rewards(rollout, episodes)` gives each action a reward
-        of its own, beside that of the answer.
+        of its own, beside that of the answer. Subclasses may give answers another reward here.
         """
         more: dict[str, float] = {}
         if hasattr(self.objective, "token_rewards"):

@@ -54,7 +54,7 @@ class Judge:
     def __call__(self, episodes: Sequence[Episode]) -> Judged:
         """Returns the rewards of episodes."""
         found = Judged({name: np.zeros(len(episodes), np.float32) for name in self.names})
-        first = 0
+        first = 0 if self._rewards else len(episodes)  # without rewards no process is begun
         while first < len(episodes):
             first = self._ask(episodes, first, found)
         return found

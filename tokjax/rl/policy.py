@@ -69,9 +69,10 @@ class Policy(PerToken):
     entropy_coef: float = 0.0  # of a bonus for entropy
     # actions are weighed by training's over the decoder's probability, at most this; None: not
     importance_cap: float | None = None
+    needs_rewards = True  # False in subclasses that reward answers themselves
 
     def __post_init__(self):
-        if not self.rewards:
+        if self.needs_rewards and not self.rewards:
             raise ConfigError("rewards is empty: name at least one")
         for name, choices in (
             ("ratio", losses.RATIOS),

@@ -27,6 +27,7 @@ from tokjax.signals.divergences import (
     layer_divergences,
     total_variation,
 )
+from tokjax.signals.frequency_bias import FrequencyBias, frequency_bias, frequency_difference
 from tokjax.signals.groups import (
     GroupStats,
     centred,
@@ -90,6 +91,7 @@ from tokjax.signals.weighted_nll import weighted_nll
 
 __all__ = [
     "BinStats",
+    "FrequencyBias",
     "GroupStats",
     "MassiveActivations",
     "Moments",
@@ -115,7 +117,9 @@ __all__ = [
     "effective_rank",
     "fpr_at_tpr",
     "fraction_count",
+    "frequency_bias",
     "frequency_bins",
+    "frequency_difference",
     "group_stats",
     "group_stats_by_id",
     "head_mean",

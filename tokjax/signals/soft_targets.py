@@ -1,6 +1,8 @@
 """Targets that are distributions over the vocabulary: label smoothing, distillation, mixtures."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,33 @@ from jaxtyping import Array, Float, Int
 
 from tokjax import struct
 from tokjax.signals.vocabulary import block_ids
+
+
+def inner_product(features: Float[Array, "n F"], keys: Float[Array, "v F"]) -> Float[Array, "n v"]:
+    """Returns the products of features in full float32: they are logarithms."""
+    return jnp.einsum("nf,vf->nv", features, keys, precision="highest")
+
+
+@struct.dataclass
+class Kernel:
+    """Dense distributions that are functions of a few features of a position and of each id.
+
+    They are computed tile by tile, so that neither [B, T, V] nor a table [R, V] exists. With K of
+    them at a position, they add up.
+
+    Attributes:
+        features: of the positions.
+        keys: of the ids.
+        mass: of each distribution.
+        omitted: the id that each distribution gives nothing, or None.
+        log_prob: (features, keys) -> the log-probability of each id, normalised by the features.
+    """
+
+    features: Float[Array, "B T K F"]
+    keys: Float[Array, "V G"] | None
+    mass: Float[Array, "B T K"]
+    omitted: Int[Array, "B T K"] | None = None
+    log_prob: Callable[..., Any] = struct.field(pytree_node=False, default=inner_product)
 
 
 @struct.dataclass
@@ -30,6 +59,8 @@ class SoftTargets:
         row_probs: the mass on the row; 1 when absent.
         uniform: mass spread evenly over all V ids (label smoothing, Szegedy et al. 2016,
             arXiv 1512.00567, section 7). Infinite loss where a token is impossible.
+        kernel: dense distributions that are computed where they are needed, for vocabularies too
+            large for rows.
     """
 
     ids: Int[Array, "B T K"] | None = None
@@ -38,21 +69,28 @@ class SoftTargets:
     row_ids: Int[Array, "B T"] | None = None
     row_probs: Float[Array, "B T"] | None = None
     uniform: Float[Array, "B T"] | None = None
+    kernel: Kernel | None = None
 
     def weighted(self, weights: Float[Array, "B T"]) -> "SoftTargets":
         """Returns the targets with every mass of a position times its weight."""
         row_probs = weights if self.row_probs is None else weights * self.row_probs
+        kernel = self.kernel
+        if kernel is not None:
+            kernel = replace(kernel, mass=weights[..., None] * kernel.mass)
         return replace(
             self,
             probs=None if self.probs is None else weights[..., None] * self.probs,
             row_probs=None if self.rows is None else row_probs,
             uniform=None if self.uniform is None else weights * self.uniform,
+            kernel=kernel,
         )
 
     def check(self, leading: tuple[int, ...], vocabulary: int) -> None:
         """Raises ValueError when the parts do not fit positions [B, T], V ids or each other."""
-        if self.ids is None and self.rows is None and self.uniform is None:
-            raise ValueError("soft targets need ids with probs, rows, or a uniform mass")
+        parts = (self.ids, self.rows, self.uniform, self.kernel)
+        if all(part is None for part in parts):
+            raise ValueError("soft targets need ids with probs, rows, a uniform mass, or a kernel")
+        self._check_kernel(leading, vocabulary)
         if (self.ids is None) != (self.probs is None):
             raise ValueError("soft targets need both ids and probs, or neither")
         expected = {"ids": 3, "probs": 3, "row_ids": 2, "row_probs": 2, "uniform": 2}
@@ -81,11 +119,46 @@ class SoftTargets:
                 f"vocabulary of {vocabulary}"
             )
 
-    def split(self) -> tuple["SoftTargets", jax.Array | None]:
-        """Returns what belongs to single positions, and the table that they share."""
-        if self.row_ids is None:
-            return self, None
-        return replace(self, rows=None), self.rows
+    def _check_kernel(self, leading: tuple[int, ...], vocabulary: int) -> None:
+        if self.kernel is None:
+            return
+        for name, ndim in {"features": 4, "mass": 3, "omitted": 3}.items():
+            a = getattr(self.kernel, name)
+            if a is not None and (a.ndim != ndim or a.shape[:3] != self.kernel.mass.shape[:3]):
+                raise ValueError(
+                    f"the kernel's {name} {a.shape} must lead with the axes [B, T, K] of its mass "
+                    f"{self.kernel.mass.shape}"
+                )
+        if self.kernel.mass.shape[:2] != leading:
+            raise ValueError(f"the kernel's mass {self.kernel.mass.shape} must be of x {leading}")
+        keys = self.kernel.keys
+        if keys is None or keys.shape[0] != vocabulary:
+            raise ValueError(
+                f"the kernel needs keys of all {vocabulary} ids, not "
+                f"{None if keys is None else keys.shape}"
+            )
+
+    def split(self) -> tuple["SoftTargets", "Shared"]:
+        """Returns what belongs to single positions, and what they share."""
+        own, rows, keys = self, None, None
+        if self.row_ids is not None:
+            own, rows = replace(own, rows=None), self.rows
+        if self.kernel is not None:
+            own, keys = replace(own, kernel=replace(self.kernel, keys=None)), self.kernel.keys
+        return own, Shared(rows, keys)
+
+
+@struct.dataclass
+class Shared:
+    """What the soft targets of all positions have in common.
+
+    Attributes:
+        rows: the table that `row_ids` points into.
+        keys: of the kernel.
+    """
+
+    rows: Float[Array, "R V"] | None = None
+    keys: Float[Array, "V G"] | None = None
 
 
 def label_smoothing(
@@ -108,7 +181,7 @@ def label_smoothing(
 
 def soft_tile(
     soft: SoftTargets,
-    table: Float[Array, "R V"] | None,
+    shared: Shared,
     start: int | Int[Array, ""],
     vocabulary: int,
     size: int,
@@ -120,12 +193,27 @@ def soft_tile(
         q = q + at_ids(soft.ids, soft.probs, ids)
     if soft.uniform is not None:
         q = q + soft.uniform[:, None].astype(jnp.float32) / vocabulary
+    table = shared.rows
     rows = soft.rows if table is None else table
     if rows is not None:
         rows = jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1).astype(jnp.float32)
         rows = rows if table is None else rows[soft.row_ids]
         q = q + (rows if soft.row_probs is None else soft.row_probs[:, None] * rows)
+    if soft.kernel is not None and shared.keys is not None:
+        keys = jax.lax.dynamic_slice_in_dim(shared.keys, start, size)
+        q = q + _kernel_tile(soft.kernel, keys, ids)
     return jnp.where(fresh, q, 0.0) if vocabulary % size else q
+
+
+def _kernel_tile(kernel: Kernel, keys: Float[Array, "v G"], ids: Int[Array, "v"]) -> Any:
+    """Returns the kernel's distributions over a block of ids, added up."""
+    found = jnp.zeros((1, ids.shape[0]), jnp.float32)
+    for k in range(kernel.mass.shape[1]):
+        logs = kernel.log_prob(kernel.features[:, k], keys)
+        if kernel.omitted is not None:
+            logs = jnp.where(kernel.omitted[:, k, None] == ids, -jnp.inf, logs)
+        found = found + kernel.mass[:, k, None] * jnp.exp(logs)
+    return found
 
 
 def at_ids(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from tokjax import struct
 from tokjax.models.head import Head, logits, logits_vjp
 from tokjax.signals.logits_gradient import coefficients, divergence_terms, logits_gradient
-from tokjax.signals.soft_targets import soft_tile
+from tokjax.signals.soft_targets import Shared, soft_tile
 from tokjax.signals.vocabulary import (
     block_ids,
     fold_blocks,
@@ -69,15 +69,15 @@ class Normaliser:
 
 
 def streamed_stats(
-    plan: Plan, sides: tuple[Side, ...], per_token: Any, table: Float[Array, "R V"] | None
+    plan: Plan, sides: tuple[Side, ...], per_token: Any, table: Shared | None
 ) -> dict[str, Any]:
     """Returns the statistics by name, each [N, ...].
 
     Args:
         plan: what to compute.
         sides: one distribution, or two to compare; differentiable.
-        per_token: (targets [N K] or None, soft targets without their table or None).
-        table: the rows that soft targets share, or None.
+        per_token: (targets [N K] or None, soft targets without what they share or None).
+        table: what soft targets share, or None.
     """
     return _streamed_stats(plan, sides, per_token, table)  # type: ignore[return-value]
 

@@ -20,6 +20,16 @@ from tokjax.gflownet import flower, lacot
 from tokjax.models.config import ModelConfig
 from tokjax.parallel.mesh import MeshConfig
 from tokjax.preference import dpo, figa, kto
+from tokjax.pretraining import (
+    class_balanced,
+    lexinvariant,
+    mae_lm,
+    masked_lm,
+    mexma,
+    signal_processing_llm,
+    syntactic_smoothing,
+    wavelet_gpt,
+)
 from tokjax.pretraining.next_token import NextToken
 from tokjax.pretraining.patch_training import Patch
 from tokjax.retrieval import dear
@@ -30,6 +40,7 @@ from tokjax.rl import (
     guided_by_gut,
     policy,
     ppo,
+    rl_watermark,
     rlfh,
     rlfr,
     spo,
@@ -37,19 +48,26 @@ from tokjax.rl import (
     unir,
     zvp,
 )
+from tokjax.tokenization import hat, toucan
 from tokjax.training.optimizers import AdamW, Cosine
 from tokjax.training.retention import CheckpointConfig
 from tokjax.verifiers import ExactMatch
 
 # Importing a method registers it.
 METHODS = (
+    *(masked_lm, syntactic_smoothing),
+    *(mae_lm, mexma),
     *(sft, rft, q_tuning, dft, one_token_rollout, star_dss, cat_attention, tvm),
     *(dpo, figa, kto),
     *(policy, ppo, unir, spo, guided_by_gut, rlfr),
     *(gtpo, zvp, d3s),
     *(drlc, rlfh, ts_grpo),
+    rl_watermark,
     *(flower, lacot),
     dear,
+    *(wavelet_gpt, signal_processing_llm),
+    *(hat, toucan),
+    *(lexinvariant, class_balanced),
 )
 
 __all__ = ["METHODS", "NextToken", "Patch", "SampleConfig", "StageConfig", "TrainConfig"]

@@ -38,7 +38,10 @@ def begin(weights: Any) -> FitState:
 
 
 def adam_step(
-    state: FitState, rate: Float[Array, ""], loss: Callable[[Any], Float[Array, ""]]
+    state: FitState,
+    rate: Float[Array, ""],
+    loss: Callable[[Any], Float[Array, ""]],
+    decay: float = 0.0,
 ) -> tuple[FitState, Float[Array, ""]]:
     """Returns the next state and the loss before it; gradients are clipped to norm 1.
 
@@ -46,9 +49,12 @@ def adam_step(
         state: before the step.
         rate: learning rate.
         loss: of weights; to be made smaller.
+        decay: of all weights, times the learning rate (AdamW).
     """
     value, gradient = jax.value_and_grad(loss)(state.weights)
     change, optimizer = _ADAM.update(gradient, state.optimizer)
+    if decay:
+        change = jax.tree.map(lambda u, w: u + decay * w, change, state.weights)
     change = jax.tree.map(lambda u: -rate * u, change)
     return FitState(optax.apply_updates(state.weights, change), optimizer), value
 
@@ -70,6 +76,7 @@ def fit(
     checkpoint: Path | str | None = None,
     checkpoint_steps: int = 500,
     progress: bool = True,
+    until: Callable[[Any, int], bool] | None = None,
 ) -> tuple[Any, Float[np.ndarray, "N"]]:
     """Returns the fitted weights, and the loss before each step.
 
@@ -82,6 +89,8 @@ def fit(
             without a stop; it is written every `checkpoint_steps` steps and at the end.
         checkpoint_steps: see `checkpoint`.
         progress: whether to show it.
+        until: (state, number of steps so far) -> whether the fit ends early. It is asked behind
+            each step, and first of a state from a checkpoint; to read the state waits for it.
 
     Raises:
         ConfigError: the checkpoint is of a fit that was told something else.
@@ -96,7 +105,7 @@ def fit(
         told = identity()
         state, losses = read_state(file, told, state) or (state, losses)
     first = len(losses)
-    if first == steps:
+    if first == steps or (until is not None and first and until(state, first)):
         return jax.tree.map(jnp.asarray, state.weights), np.array(losses)
     state = jax.tree.map(jnp.array, state)  # a copy: its memory is given to the next state
     with Progress(steps, enabled=progress) as shown:
@@ -107,9 +116,12 @@ def fit(
             if known >= first:
                 losses[known] = _finite(losses[known], known)
             shown.update(step + 1, losses[known] if known >= first else None)
-            if file is not None and ((step + 1) % checkpoint_steps == 0 or step + 1 == steps):
+            ends = step + 1 == steps or (until is not None and until(state, step + 1))
+            if file is not None and ((step + 1) % checkpoint_steps == 0 or ends):
                 losses = [_finite(loss, at) for at, loss in enumerate(losses)]
                 write_state(file, told, state, np.array(losses))
+            if ends:
+                break
     return state.weights, np.array([_finite(loss, step) for step, loss in enumerate(losses)])
 
 

@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from tokjax.config import defaults_of
 from tokjax.data.annotated import AnnotatedStore
@@ -224,14 +221,7 @@ class _Training:
             make = getattr(stage.objective, "collector", None)
             if make is not None:
                 self.collector = self.stack.enter_context(make(run, stage, self.workdir))
-            abstract = run.abstract_state(stage)
-            shardings = jax.tree.map(lambda s: s.sharding, abstract)
-            batch = self.abstract_batch(step)
-            compiled = (
-                jax.jit(run.train_step(stage), donate_argnums=0, out_shardings=(shardings, None))
-                .lower(abstract, batch)
-                .compile()
-            )
+            compiled = run.compile_step(stage, self.abstract_batch(step))
         return state, compiled
 
     def with_frozen(self, state: TrainState, stage: Stage) -> TrainState:
@@ -255,19 +245,7 @@ class _Training:
         if self.collector is not None:  # one answer a row
             tokens, segments, names = self.run.config.data.seq_len, 1, self.collector.channels
             values, group = (), 1
-        by_token = self.run.batch_sharding
-        by_row = NamedSharding(by_token.mesh, P(*by_token.spec[:1]))
-
-        def array(columns: int, dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((rows, columns), dtype, sharding=sharding)
-
-        ints = array(tokens, jnp.int32, by_token)
-        floats = array(tokens, jnp.float32, by_token)
-        examples = array(segments, jnp.int32, by_row)
-        channels = dict.fromkeys(names, floats)
-        by_segment = dict.fromkeys(values, array(segments, jnp.float32, by_row))
-        parts: Any = (ints, ints, ints, ints, floats, examples, channels, by_segment, group)
-        return Batch(*parts)
+        return self.run.abstract_batch(rows, tokens, segments, names, values, group)
 
     def run_stage(self, state, stage: Stage, compiled, step: int) -> tuple[TrainState, int]:
         """Trains to the end of a stage, or until asked to stop."""

@@ -5,7 +5,10 @@ An objective is a frozen dataclass (its fields are its configuration), registere
 and devices and divides once, so that k micro-batches give exactly what one large batch gives.
 """
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 from jaxtyping import Array, Float
@@ -15,10 +18,32 @@ from tokjax.data.batch import Batch
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
 
+if TYPE_CHECKING:
+    from tokjax.data.tokenizers import Tokenizer
+
 HEADS = "heads"  # the key of an objective's own parameters among those that are trained
 FROZEN = "frozen"  # the key of the models that an objective reads, beside those parameters
 Aux = Any  # extra trainable or running state of an objective; () when it has none
 Ratio = tuple[Float[Array, ""], Float[Array, ""]]
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a run has before its first step, for objectives that are prepared with it.
+
+    Attributes:
+        tokenizer: the run's.
+        model: in training.
+        stores: the training data, in the order of the configuration.
+        cache: folder for what is made once.
+        show_progress: whether people are shown what takes long.
+    """
+
+    tokenizer: "Tokenizer"
+    model: Transformer
+    stores: Sequence[Any]
+    cache: Path
+    show_progress: bool = True
 
 
 @struct.dataclass
@@ -41,20 +66,33 @@ class Loss:
 class Objective(Protocol):
     """Something a model can be trained on.
 
-    More attributes are read where an objective has them: `reads_pairs` and `reads_rankings` (it
-    takes pairs of answers, or queries with passages, and nothing else), `evaluates` (held-out data
-    are evaluated by it, not by the next-token loss) and `relative_cost` (model FLOPs of a step over
-    those of next-token prediction).
+    More attributes are read where an objective has them: `reads_pairs`, `reads_rankings` and
+    `reads_translations` (it takes pairs of answers, queries with passages, or pairs of
+    translations, and nothing else), `evaluates` (held-out data are evaluated by it, not by the
+    next-token loss) and `relative_cost` (model FLOPs of a step over those of next-token
+    prediction).
 
     An objective with parameters of its own (a head of values or scores) has the method
     `init_heads(key, model) -> dict`: they are trained beside the model's by the same optimiser,
     kept in checkpoints, and given to `loss` as `params["heads"]`. With the attribute `head_rate`
-    they learn at that multiple of the learning rate and are clipped by themselves; one that says
-    `keeps_heads` takes on those of the stage before where they have the same shapes.
+    they learn at that multiple of the learning rate and are clipped by themselves (a mapping gives
+    each head its own, and each is clipped by itself); one that says `keeps_heads` takes on those of
+    the stage before where they have the same shapes.
 
     One that reads other models (a backbone, a teacher, a critic) has the method
     `frozen(model) -> dict`, which names them; `loss` is given their parameters as
     `params["frozen"]`, `init` is not. See `tokjax.training.frozen`.
+
+    One that depends on the tokenizer or on statistics of the training data has the method
+    `prepared(materials) -> objective`: what it returns takes its place in the run. Its attribute
+    `content`, if it has one, maps those of its fields that stand for files to digests of them:
+    they belong to the run's identity in the place of the paths.
+
+    One whose loss changes as training goes on has the method `advance(aux, progress) -> aux`: it is
+    given the share of the stage's steps that are done (a scalar in [0, 1)) before each step.
+
+    One that needs a model that sees both sides says `bidirectional = True`, one that takes either
+    `None`; all others need a causal one.
 
     One whose stage does not begin with the parameters as they are has the method
     `begin(model, params) -> params`, which is given those that are trained.

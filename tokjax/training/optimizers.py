@@ -6,7 +6,7 @@ value, so that a schedule is a function of the step within its stage and needs n
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from optax import contrib
 
 from tokjax.config import register
-from tokjax.errors import ConfigError
+from tokjax.errors import ConfigError, nearest
 from tokjax.models import lora, parameters
 from tokjax.models.config import ModelConfig
 from tokjax.training.objective import HEADS
@@ -81,6 +81,7 @@ def _check_share(config: Any, *names: str) -> None:
 
 
 _INFINITE = float("inf")
+EMBEDDING = "embedding"  # path of the table of the tokens' vectors
 
 
 @register("optimizer", "adamw")
@@ -94,6 +95,9 @@ class AdamW:
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # times the learning rate, each step
     decay_embeddings: bool = True  # weight decay on embeddings and output head too
+    # rows of the embedding table that decay in a step: all; or only those with a gradient, of
+    # tokens that were read, so that rare tokens decay as rarely as they learn (untied tables)
+    decay_rows: Literal["all", "touched"] = "all"
 
     def __post_init__(self):
         _check(
@@ -104,13 +108,50 @@ class AdamW:
             eps=(0, _INFINITE),
             weight_decay=(0, _INFINITE),
         )
+        if self.decay_rows not in ("all", "touched"):
+            raise ConfigError(
+                f"unknown decay_rows={self.decay_rows!r}."
+                f"{nearest(str(self.decay_rows), ('all', 'touched'))}"
+            )
 
     def build(self, config: ModelConfig) -> optax.GradientTransformation:
-        """Returns the transformation at learning rate 1."""
+        """Returns the transformation at learning rate 1.
+
+        Raises:
+            ConfigError: `decay_rows="touched"` for a table that is the output head too, whose rows
+                all have a gradient in every step.
+        """
         mask = decay_mask(config, self.decay_embeddings)
-        return optax.adamw(
+        adamw = optax.adamw(
             1.0, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=mask
         )
+        if self.decay_rows == "all":
+            return adamw
+        if config.tie_embeddings:
+            raise ConfigError(
+                "optimizer.decay_rows='touched' needs model.tie_embeddings=False: each token has a "
+                "gradient in every step where its vector is in the softmax too"
+            )
+        by = self.weight_decay if self.decay_embeddings else 0.0
+        return _sparing_untouched(adamw, by)
+
+
+def _sparing_untouched(
+    adamw: optax.GradientTransformation, weight_decay: float
+) -> optax.GradientTransformation:
+    """Returns AdamW that does not decay rows of the embedding table without gradient."""
+
+    def update(gradient: Any, state: Any, params: Any = None) -> Any:
+        updates, state = adamw.update(gradient, state, params)
+        if EMBEDDING not in params:
+            return updates, state
+        untouched = (gradient[EMBEDDING] == 0).all(-1, keepdims=True)
+        table = params[EMBEDDING]
+        given_back = (weight_decay * table.astype(jnp.float32)).astype(table.dtype)
+        spared = updates[EMBEDDING] + jnp.where(untouched, given_back, 0)
+        return {**updates, EMBEDDING: spared}, state
+
+    return optax.GradientTransformation(adamw.init, update)
 
 
 @register("optimizer", "lion")

@@ -4,14 +4,11 @@ import dataclasses
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
-import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from tokjax.config import to_dict
 from tokjax.data.annotated import AnnotatedStore, annotate
@@ -22,134 +19,30 @@ from tokjax.data.prepare import ensure_store
 from tokjax.data.store import TokenStore
 from tokjax.data.tokenizers import Tokenizer, build_tokenizer, sequence_ends
 from tokjax.errors import ConfigError, DataError
-from tokjax.models import lora
+from tokjax.models.encoder import decoder_or_encoder
 from tokjax.models.transformer import Transformer, with_vocabulary
 from tokjax.parallel.mesh import build_mesh
-from tokjax.parallel.rules import BATCH_AXES
 from tokjax.training.config import TrainConfig
-from tokjax.training.frozen import FrozenModel, check_frozen, frozen_models
+from tokjax.training.frozen import check_frozen
 from tokjax.training.initial import Initial, adopt_model, adopt_tokenizer, find_initial
-from tokjax.training.objective import Objective
+from tokjax.training.objective import Materials
+from tokjax.training.program import Program, Stage
 from tokjax.training.state import (
     TrainState,
     begun,
-    init_state,
-    state_shardings,
     whole,
-    with_models,
 )
-from tokjax.training.step import StepConfig, make_train_step
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A part of the run: which steps, and what is minimised."""
-
-    name: str
-    objective: Objective
-    first_step: int
-    steps: int
-    keep_optimizer: bool
-    rate: float = 1.0
-
-    @property
-    def end(self) -> int:
-        """The step after the last."""
-        return self.first_step + self.steps
-
-
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, kw_only=True)
+class Run(Program):
     """Everything a configuration determines."""
 
-    config: TrainConfig
     tokenizer: Tokenizer
     stores: tuple[TokenStore | AnnotatedStore, ...]
     eval_stores: Mapping[str, TokenStore]
-    model: Transformer
-    mesh: Mesh
-    stages: tuple[Stage, ...]
     loader: Loader
     eval_loaders: Mapping[str, EvalLoader]
-    initial: Initial | None = None
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of all stages."""
-        return self.stages[-1].end
-
-    def stage_at(self, step: int) -> Stage:
-        """Returns the stage that step number `step` (from 0) belongs to."""
-        return next(stage for stage in reversed(self.stages) if stage.first_step <= step)
-
-    @cached_property
-    def optimizer(self) -> optax.GradientTransformation:
-        """The optax transformation, at learning rate 1."""
-        return self.config.optimizer.build(self.model.config)
-
-    @cached_property
-    def batch_sharding(self) -> NamedSharding:
-        """Rows over `data` and `fsdp`, positions over `sequence`."""
-        return NamedSharding(self.mesh, P(BATCH_AXES, "sequence"))
-
-    def initial_params(self) -> Any:
-        """Returns the parameters of `init_from`, on the devices; None where there is none."""
-        if self.initial is None:
-            return None
-        return self.initial.load(self.model.config, self.mesh)
-
-    def frozen_models(self, stage: Stage) -> Mapping[str, FrozenModel]:
-        """Returns the models that a stage's objective reads beside the run's, by name."""
-        return frozen_models(stage.objective, self.model)
-
-    def frozen_params(self, stage: Stage) -> dict[str, Any]:
-        """Returns the parameters of the stage's frozen models, on the devices."""
-        return {name: each.load(self.mesh) for name, each in self.frozen_models(stage).items()}
-
-    def init_state(self, stage: Stage, initial: Any = None) -> TrainState:
-        """Returns the state a run starts with in this stage (pure; see `abstract_state`).
-
-        The objective's frozen models are put into it afterwards: see `with_models`.
-
-        Args:
-            stage: of the run.
-            initial: what `initial_params` returns.
-        """
-        return init_state(
-            self.model,
-            stage.objective,
-            self.optimizer,
-            self.config.seed,
-            self.config.ema_decay is not None,
-            initial,
-        )
-
-    def abstract_state(self, stage: Stage) -> TrainState:
-        """Returns shapes, dtypes and shardings of the state."""
-        base = None if self.initial is None else lora.off(self.model).abstract_params()
-        shapes = jax.eval_shape(lambda initial: self.init_state(stage, initial), base)
-        shardings = state_shardings(shapes, self.model, self.mesh)
-        state = jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-            shapes,
-            shardings,
-        )
-        models = self.frozen_models(stage).items()
-        return with_models(state, {name: each.abstract_params(self.mesh) for name, each in models})
-
-    def train_step(self, stage: Stage) -> Any:
-        """Returns the stage's step function (state, batch) -> (state, metrics), not compiled."""
-        config = self.config
-        step_config = StepConfig(
-            peak_lr=config.optimizer.peak_lr * stage.rate,
-            schedule=config.schedule,
-            first_step=stage.first_step,
-            stage_steps=stage.steps,
-            micro_batches=config.micro_batches,
-            clip_norm=config.clip_norm,
-            ema_decay=config.ema_decay,
-        )
-        return make_train_step(self.model, stage.objective, self.optimizer, step_config)
 
     def identity(self) -> dict[str, Any]:
         """Returns what a checkpoint and the run that continues from it must have in common.
@@ -175,6 +68,7 @@ class Run:
         for stage, objective in zip(self.stages, objectives, strict=True):
             for name, each in self.frozen_models(stage).items():
                 objective[name] = each.initial.fingerprint()[:16]
+            objective |= {k: v[:16] for k, v in getattr(stage.objective, "content", {}).items()}
         return tree
 
 
@@ -200,7 +94,8 @@ def build_run(
     tokenizer = build_tokenizer(data.tokenizer, cache)
     _check_vocabulary(config, tokenizer)
     _check_prompts(config, tokenizer)
-    model = Transformer(with_vocabulary(config.model, tokenizer.vocab_size))
+    model = decoder_or_encoder(with_vocabulary(config.model, tokenizer.vocab_size))
+    _check_direction(config, model)
     for stage in config.stage_list:
         check_frozen(stage.objective, model, tokenizer, data.seq_len)
 
@@ -215,7 +110,8 @@ def build_run(
     eval_stores = {name: store(source) for name, source in data.evals.items()}
     _check_weights(stores, eval_stores)
     _check_pairs(config, stores, eval_stores)
-    stages = _lay_out_stages(config, stores)
+    materials = Materials(tokenizer, model, stores, cache, show_progress)
+    stages = tuple(_prepared(stage, materials) for stage in _lay_out_stages(config, stores))
     loader = _loader(config, stores, stages)
     eval_loaders = {
         name: EvalLoader(
@@ -228,7 +124,16 @@ def build_run(
         for name, eval_store in eval_stores.items()
     }
     return Run(
-        config, tokenizer, stores, eval_stores, model, mesh, stages, loader, eval_loaders, initial
+        config=config,
+        model=model,
+        mesh=mesh,
+        stages=stages,
+        initial=initial,
+        tokenizer=tokenizer,
+        stores=stores,
+        eval_stores=eval_stores,
+        loader=loader,
+        eval_loaders=eval_loaders,
     )
 
 
@@ -312,7 +217,7 @@ def _check_pairs(config: TrainConfig, stores: tuple, eval_stores: Mapping[str, A
 
 def _reads(objective: Any) -> str:
     """Returns what examples an objective takes."""
-    for name in ("pairs", "rankings"):
+    for name in ("pairs", "rankings", "translations"):
         if getattr(objective, f"reads_{name}", False):
             return name
     return "single examples"
@@ -322,11 +227,42 @@ def _holds(store: Any) -> str:
     """Returns what examples a store holds."""
     if store.has_rankings:
         return "rankings"
+    if store.has_translations:
+        return "translations"
     return "pairs" if store.has_pairs else "single examples"
+
+
+def _check_direction(config: TrainConfig, model: Transformer) -> None:
+    """Refuses next tokens of a model that sees them, and the reverse."""
+    if not model.config.causal and (config.samples.prompts or config.evaluation.answers):
+        raise ConfigError(
+            "a model with model.causal=False continues no text: leave out samples.prompts and "
+            "evaluation.answers"
+        )
+    for stage in config.stage_list:
+        restores = getattr(stage.objective, "bidirectional", False)
+        if restores is not None and restores == model.config.causal:
+            sees = "both sides" if restores else "what comes before alone"
+            raise ConfigError(
+                f"objective {_name(stage.objective)!r} needs a model that sees {sees}: set "
+                f"model.causal={not restores}"
+            )
+
+
+def _prepared(stage: Stage, materials: Materials) -> Stage:
+    """Returns a stage whose objective knows what it needs of the run."""
+    make = getattr(stage.objective, "prepared", None)
+    return stage if make is None else dataclasses.replace(stage, objective=make(materials))
 
 
 def _check_prompts(config: TrainConfig, tokenizer: Tokenizer) -> None:
     # Found now rather than by the first sample, hours later.
+    writes = config.samples.prompts or config.evaluation.answers
+    if writes and config.model.embedding_rows is not None:
+        raise ConfigError(
+            "a model with model.embedding_rows writes only under a table that is drawn: leave out "
+            "samples.prompts and evaluation.answers"
+        )
     for prompt in config.samples.prompts:
         before, _ = sequence_ends(config.data.tokenizer, tokenizer)
         size = len(before) + len(tokenizer.encode(prompt))

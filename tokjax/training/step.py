@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,7 @@ def make_train_step(
     """
 
     head_rate = getattr(objective, "head_rate", None)
+    advance = getattr(objective, "advance", None)
 
     def clip(norm: Float[Array, ""]) -> Float[Array, ""] | float:
         if config.clip_norm is None:
@@ -92,29 +94,38 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        loss, gradient = accumulate(state.params, state.frozen, state.aux, batch, key)
+        in_stage = (state.step - config.first_step).astype(jnp.float32)
+        aux = state.aux
+        if advance is not None:
+            aux = advance(aux, in_stage / config.stage_steps)
+        loss, gradient = accumulate(state.params, state.frozen, aux, batch, key)
         # What is frozen goes around the branch below, which might copy what passes through.
         frozen, state = state.frozen, dataclasses.replace(state, frozen=())
         # Signed weights may sum to a negative number; only an empty batch has nothing to divide.
         empty = loss.weight == 0
         inverse = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, loss.weight))
         # Heads with a rate of their own are clipped by themselves.
-        apart = head_rate is not None and HEADS in gradient
+        parts = _head_parts(head_rate, gradient.get(HEADS, {}))
+        apart = bool(parts)
         norm = optax.tree.norm(of_model(gradient) if apart else gradient) * jnp.abs(inverse)
         mean = loss.total * inverse
         finite = jnp.isfinite(mean) & jnp.isfinite(norm)
-        scale = head_scale = inverse * clip(norm)
-        if apart:
-            head_norm = optax.tree.norm(gradient[HEADS]) * jnp.abs(inverse)
+        scale = inverse * clip(norm)
+        head_scales = []
+        for names, _ in parts:
+            head_norm = optax.tree.norm([gradient[HEADS][n] for n in names]) * jnp.abs(inverse)
             finite &= jnp.isfinite(head_norm)
-            head_scale = inverse * clip(head_norm)
-        in_stage = (state.step - config.first_step).astype(jnp.float32)
+            head_scales.append(inverse * clip(head_norm))
         rate = config.peak_lr * config.schedule.factor(in_stage, config.stage_steps)
 
         def apply(state: TrainState) -> TrainState:
             scaled = jax.tree.map(lambda g: g * scale, gradient)
             if apart:
-                scaled[HEADS] = jax.tree.map(lambda g: g * head_scale, gradient[HEADS])
+                scaled[HEADS] = {
+                    name: jax.tree.map(lambda g, by=by: g * by, gradient[HEADS][name])
+                    for (names, _), by in zip(parts, head_scales, strict=True)
+                    for name in names
+                }
             scaled = jax.tree.map(lambda g, p: g.astype(p.dtype), scaled, state.params)
             # optax raises floats to integer counts, which strict promotion would refuse.
             with jax.numpy_dtype_promotion("standard"):
@@ -123,7 +134,11 @@ def make_train_step(
                 lambda u: (u.astype(jnp.float32) * rate).astype(u.dtype), updates
             )
             if apart:
-                updates[HEADS] = jax.tree.map(lambda u: u * head_rate, updates[HEADS])
+                updates[HEADS] = {
+                    name: jax.tree.map(lambda u, by=by: u * by, updates[HEADS][name])
+                    for names, by in parts
+                    for name in names
+                }
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
             if config.ema_decay is not None:
@@ -147,6 +162,17 @@ def make_train_step(
         return dataclasses.replace(state, step=state.step + 1, frozen=frozen), metrics
 
     return train_step
+
+
+def _head_parts(
+    rate: float | Mapping[str, float] | None, heads: Mapping[str, Any]
+) -> list[tuple[list[str], float]]:
+    """Returns the heads that are clipped together, each part with its rate; [] without rates."""
+    if rate is None or not heads:
+        return []
+    if isinstance(rate, Mapping):
+        return [([name], rate[name]) for name in sorted(heads)]
+    return [(sorted(heads), rate)]
 
 
 @functools.cache

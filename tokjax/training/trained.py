@@ -14,6 +14,7 @@ from tokjax.data.tokenizers import Tokenizer, build_tokenizer
 from tokjax.errors import CheckpointError
 from tokjax.models import lora, parameters
 from tokjax.models.config import with_dtypes
+from tokjax.models.encoder import decoder_or_encoder
 from tokjax.models.transformer import Transformer, with_vocabulary
 from tokjax.parallel.rules import parameter_shardings
 from tokjax.training.checkpoints import Checkpointer
@@ -67,7 +68,7 @@ def read_trained(workdir: Path) -> Described:
     data = config.data
     cache = Path(data.cache_dir) if data.cache_dir else cache_directory()
     tokenizer = build_tokenizer(data.tokenizer, cache)
-    model = Transformer(with_vocabulary(config.model, tokenizer.vocab_size))
+    model = decoder_or_encoder(with_vocabulary(config.model, tokenizer.vocab_size))
     return Described(config, model, tokenizer)
 
 
@@ -90,7 +91,7 @@ def load_trained(workdir: Path, *, mesh: Mesh | None = None) -> Trained:
     config, model, tokenizer = found.config, found.model, found.tokenizer
     part = "params" if config.ema_decay is None else "ema"
     if part == "ema":  # kept in float32 whatever the parameters are
-        model = Transformer(with_dtypes(model.config, "float32", model.config.dtype))
+        model = decoder_or_encoder(with_dtypes(model.config, "float32", model.config.dtype))
     whole = model.abstract_params()
     if mesh is not None:
         shardings = parameter_shardings(parameters.logical_axes(model.config), whole, mesh)

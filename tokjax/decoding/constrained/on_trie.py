@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tokjax import struct
 from tokjax.decoding.constrained import Automaton, constrained
 from tokjax.decoding.constrained.byte_automaton import distinct_columns
+from tokjax.decoding.constrained.trie import NOWHERE, CompactTrie, Form, TokenTrie, as_mask
 from tokjax.decoding.context import Context
 from tokjax.decoding.prompts import Prompts
 from tokjax.decoding.search.beam import beam_search
@@ -17,7 +18,6 @@ from tokjax.decoding.search.hypotheses import LengthPenalty, gnmt
 from tokjax.decoding.stops import on_tokens
 from tokjax.decoding.transforms.base import Transform, chain
 from tokjax.errors import ConfigError
-from tokjax.gflownet.trie import NOWHERE, CompactTrie, Form, TokenTrie, as_mask
 
 _TABLE_ENTRIES = 2**24  # nodes x different tokens up to which an automaton's table is made
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tokjax.gflownet import metrics
+from tokjax.evaluation import recommendations as metrics
 
 
 def test_unfairness_of_the_example():

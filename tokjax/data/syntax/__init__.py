@@ -1,0 +1,1 @@
+"""Parts of speech of a vocabulary: how often each token occurs with each syntactic tag."""
