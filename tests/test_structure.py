@@ -49,6 +49,7 @@ def test_imports_go_one_way(package):
     for path in (PACKAGE / package).rglob("*.py"):
         # The run's configuration names the objectives it offers.
         families = {"pretraining", "finetuning", "preference", "rl", "gflownet", "retrieval"}
+        families |= {"tokenization"}
         extra = families if package == "training" else set()
         assert imports_of(path) <= allowed | extra | {package}, path
 

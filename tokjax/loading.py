@@ -87,6 +87,11 @@ def _from_run(workdir: Path, mesh: Mesh | None, dtype: str | None) -> LanguageMo
 
     found = load_trained(workdir, mesh=mesh)
     model, params = found.model, found.params
+    if not model.config.causal:
+        raise ConfigError(
+            f"{workdir} is a run of a model that sees both sides, which continues no text: load it "
+            f"by tokjax.training.trained.load_trained"
+        )
     if dtype is not None:
         compute = "bfloat16" if dtype == "bfloat16" else "float32"
         model = Transformer(with_dtypes(model.config, dtype, compute))

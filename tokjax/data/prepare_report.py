@@ -3,9 +3,12 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from tokjax.data.store import StoreWriter, TokenStore
+
+T = TypeVar("T")
 
 _REFRESH_S = 0.2  # between two updates on a terminal
 _LINE_S = 10.0  # between two lines in a log
@@ -102,6 +105,35 @@ class Reporter:
         progress = stack.enter_context(live)
         task = progress.add_task(text, total=None)
         return lambda new: progress.update(task, description=new)
+
+
+def tracked(
+    items: Iterable[T], doing: str, *, total: int | None = None, enabled: bool = True
+) -> Iterator[T]:
+    """Yields the items, and shows on stderr how many of them are done.
+
+    Args:
+        items: to work on.
+        doing: what is done, for people.
+        total: how many there are; None where that is not known.
+        enabled: whether anything is shown.
+    """
+    if not enabled:
+        yield from items
+        return
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(items, doing, total=total, console=Console(stderr=True), transient=True)
+        return
+    last = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - last >= _LINE_S:
+            last = time.monotonic()
+            of = "" if total is None else f" of {total:,}"
+            print(f"{doing}: {done:,}{of}", file=sys.stderr, flush=True)
+        yield item
 
 
 def _count(number: int, noun: str) -> str:

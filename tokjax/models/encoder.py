@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tokjax.errors import ConfigError
+from tokjax.models.config import ModelConfig
 from tokjax.models.layers import ACTIVATIONS, linear, norm, ready
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Output, Transformer, padding
@@ -90,6 +91,11 @@ class Encoder(Transformer):
         pooled = pool(self.encode(params, tokens, mask, **encode).x, mask, how)
         # A row of zeros stays one.
         return pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
+
+
+def decoder_or_encoder(config: ModelConfig) -> Transformer:
+    """Returns the model of a single stack's configuration: causal, or an `Encoder`."""
+    return Transformer(config) if config.causal else Encoder(config)
 
 
 def pool(

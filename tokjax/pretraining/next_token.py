@@ -9,7 +9,7 @@ from tokjax.data.batch import Batch
 from tokjax.errors import ConfigError
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
-from tokjax.signals import weighted_nll
+from tokjax.pretraining.predictions import Predictions, scored
 from tokjax.training.objective import Aux, Loss, PerToken, WithoutState
 
 
@@ -24,22 +24,26 @@ class NextToken(PerToken, WithoutState):
         if self.z_loss < 0:
             raise ConfigError(f"z_loss={self.z_loss} must not be negative")
 
-    def loss(
-        self, model: Transformer, params: Params, aux: Aux, batch: Batch, key: jax.Array
-    ) -> Loss:
-        """Returns the sum of w * nll and the sum of w over the batch."""
+    def predictions(
+        self, model: Transformer, params: Params, batch: Batch, key: jax.Array
+    ) -> Predictions:
+        """Returns what each position predicts: the token behind it."""
         out = model.backbone(
             params,
             model.embed(params, batch.tokens),
             positions=batch.positions,
             segments=batch.segment_ids,
         )
-        total, nll = weighted_nll(
-            out.x,
-            model.head(params),
-            batch.targets[..., None],
-            batch.weights[..., None],
-            self.z_loss,
+        return Predictions(
+            x=out.x,
+            head=model.head(params),
+            targets=batch.targets[..., None],
+            weights=batch.weights[..., None],
+            weight=batch.weights.sum(),
         )
-        weight = batch.weights.sum()
-        return Loss(total, weight, {"nll": ((nll[..., 0] * batch.weights).sum(), weight)}, aux)
+
+    def loss(
+        self, model: Transformer, params: Params, aux: Aux, batch: Batch, key: jax.Array
+    ) -> Loss:
+        """Returns the sum of w * nll and the sum of w over the batch."""
+        return scored(self.predictions(model, params, batch, key), self.z_loss, aux)

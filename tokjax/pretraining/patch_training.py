@@ -18,7 +18,7 @@ from tokjax.data.batch import Batch
 from tokjax.errors import ConfigError, nearest
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
-from tokjax.signals import weighted_nll
+from tokjax.pretraining.predictions import Predictions, scored
 from tokjax.training.objective import Aux, Loss
 
 
@@ -145,10 +145,10 @@ class Patch:
         """Returns nothing: there is no state."""
         return ()
 
-    def loss(
-        self, model: Transformer, params: Params, aux: Aux, batch: Batch, key: jax.Array
-    ) -> Loss:
-        """Returns the weighted sum over the targets of every patch, and their weight.
+    def predictions(
+        self, model: Transformer, params: Params, batch: Batch, key: jax.Array
+    ) -> Predictions:
+        """Returns what each patch predicts: the tokens of the next one.
 
         Raises:
             ConfigError: rows that are no whole number of patches; `targets="shuffled"` with
@@ -170,8 +170,21 @@ class Patch:
         weight = weights.sum()
         if self.average == "offset":
             weights = _offset_means(weights)
-        total, nll = weighted_nll(out.x, model.head(params), targets, weights, self.z_loss)
-        metrics = {"nll": ((nll * weights).sum(), weight)}
-        for j in range(1 if self.targets == "token" else self.k):
-            metrics[f"nll_offset_{j}"] = ((nll * weights)[..., j].sum(), weights[..., j].sum())
-        return Loss(total, weight, metrics, aux)
+        return Predictions(
+            x=out.x,
+            head=model.head(params),
+            targets=targets,
+            weights=weights,
+            weight=weight,
+            offsets=1 if self.targets == "token" else self.k,
+        )
+
+    def loss(
+        self, model: Transformer, params: Params, aux: Aux, batch: Batch, key: jax.Array
+    ) -> Loss:
+        """Returns the weighted sum over the targets of every patch, and their weight.
+
+        Raises:
+            ConfigError: as `predictions`.
+        """
+        return scored(self.predictions(model, params, batch, key), self.z_loss, aux)
