@@ -51,7 +51,7 @@ def test_ranks_of_a_line_and_of_isotropic_states():
 
 
 def test_ranks_are_those_of_all_states_stacked(params):
-    found = mask_ranks(MODEL, params, batches())
+    found = mask_ranks(MODEL, params, batches(), share=0.999)
     stacked = {True: [[] for _ in range(3)], False: [[] for _ in range(3)]}
     for tokens, masks, segments in batches():
         out = MODEL.backbone(
@@ -67,7 +67,7 @@ def test_ranks_are_those_of_all_states_stacked(params):
         expected = []
         for layer in stacked[masked]:
             energy = np.square(np.linalg.svd(np.concatenate(layer), compute_uv=False))
-            expected.append(int((np.cumsum(energy) / energy.sum() < 0.9 - 1e-6).sum()) + 1)
+            expected.append(int((np.cumsum(energy) / energy.sum() < 0.999 - 1e-6).sum()) + 1)
         assert ranks.tolist() == expected
     # The mask enters as one vector, and its states come apart in the layers.
     assert found.mask[0] == 1 and found.mask[1] > 1

@@ -134,7 +134,11 @@ def table(config: Config) -> dict[str, Any]:
         return {"encoder": encoder, "decoder": table(config.decoder)}
     V, E = config.vocabulary, config.table_width
     embedding = ("vocab", "embed")
-    tree = _stack_table(config) | {"embedding": Parameter((V, E), embedding, config.init_scale)}
+    rows, tree = config.embedding_rows, _stack_table(config)
+    if rows is None:
+        tree["embedding"] = Parameter((V, E), embedding, config.init_scale)
+    elif rows:
+        tree["embedding"] = Parameter((rows, E), (None, "embed"), config.init_scale)
     if not config.tie_embeddings:
         tree["head"] = Parameter((V, E), embedding, E**-0.5)
     if config.head_bias:

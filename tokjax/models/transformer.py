@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tokjax import struct
-from tokjax.errors import nearest
+from tokjax.errors import ConfigError, nearest
 from tokjax.models import attention, parameters
 from tokjax.models import cache as kv
 from tokjax.models.cache import Cache
@@ -166,7 +166,11 @@ class Transformer:
             params: the model's.
             tokens: ids.
             types: segment types, for models that have them; default 0.
+
+        Raises:
+            ConfigError: the ids of this model have no vectors of their own.
         """
+        self._check_table()
         dtype = jnp.dtype(self.config.dtype)
         # Cast behind the look-up: the backward pass then adds up a token's gradients in float32.
         x = jnp.take(params["embedding"], tokens, axis=0).astype(dtype)
@@ -180,7 +184,12 @@ class Transformer:
         return constrain(x, _ACTIVATION)
 
     def head(self, params: Params) -> Head:
-        """Returns the output head, in the compute dtype: what `tokjax.signals` score tokens by."""
+        """Returns the output head, in the compute dtype: what `tokjax.signals` score tokens by.
+
+        Raises:
+            ConfigError: as `embed`.
+        """
+        self._check_table()
         table = params["embedding"] if self.config.tie_embeddings else params["head"]
         return Head(
             table.astype(jnp.dtype(self.config.dtype)),
@@ -188,6 +197,14 @@ class Transformer:
             softcap=self.config.logit_softcap,
             scale=1.0 if self.config.logit_scale is None else self.config.logit_scale,
         )
+
+    def _check_table(self) -> None:
+        if self.config.embedding_rows is not None:
+            raise ConfigError(
+                f"embedding_rows={self.config.embedding_rows}: this model's ids have no vectors of "
+                f"their own. Draw a table first (`Lexinvariant.drawn` of "
+                f"tokjax.pretraining.lexinvariant), or train with that objective"
+            )
 
     def unembed(self, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns float32 logits. Training uses `signals.token_stats` instead: no [B, T, V]."""

@@ -141,15 +141,16 @@ def _sparing_untouched(
 ) -> optax.GradientTransformation:
     """Returns AdamW that does not decay rows of the embedding table without gradient."""
 
-    def update(gradient: Any, state: Any, params: Any = None) -> Any:
-        updates, state = adamw.update(gradient, state, params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        found: Any
+        found, state = adamw.update(updates, state, params)
         if EMBEDDING not in params:
-            return updates, state
-        untouched = (gradient[EMBEDDING] == 0).all(-1, keepdims=True)
+            return found, state
+        untouched = (updates[EMBEDDING] == 0).all(-1, keepdims=True)
         table = params[EMBEDDING]
         given_back = (weight_decay * table.astype(jnp.float32)).astype(table.dtype)
-        spared = updates[EMBEDDING] + jnp.where(untouched, given_back, 0)
-        return {**updates, EMBEDDING: spared}, state
+        spared = found[EMBEDDING] + jnp.where(untouched, given_back, 0)
+        return {**found, EMBEDDING: spared}, state
 
     return optax.GradientTransformation(adamw.init, update)
 

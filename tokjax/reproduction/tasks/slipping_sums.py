@@ -33,8 +33,8 @@ class SlippingSums:
         seed: which fact has which.
     """
 
-    steps: int = 5
-    rates: tuple[float, ...] = (0.0, 0.05, 0.15, 0.45)
+    steps: int = 4
+    rates: tuple[float, ...] = (0.0, 0.05, 0.3, 0.6)
     seed: int = 0
 
     def __post_init__(self):

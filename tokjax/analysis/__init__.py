@@ -1,0 +1,1 @@
+"""Analyses of trained models: what averages over tokens do not show."""
