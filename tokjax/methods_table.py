@@ -57,8 +57,8 @@ _ROWS = (
     # pretraining
     Method("brillm", "BriLLM: Brain-inspired Large Language Model", "2503.11299", 2025, "pretraining", "A graph with one node per token passes a signal along the text; the next token is where its energy is largest."),
     Method("hyperschedules_hdlm", "Unifying Autoregressive and Diffusion-Based Sequence Generation", "2504.06416", 2025, "pretraining", "Noise schedules per position join autoregression and text diffusion; mixed noise teaches the model to correct itself."),
-    Method("lexinvariant_lm", "Lexinvariant Language Models", "2305.16349", 2023, "pretraining", "Every sequence draws new random embeddings, so symbols get their meaning from context alone."),
-    Method("mae_lm", "Representation Deficiency in Masked Language Modeling", "2302.02060", 2023, "pretraining", "A masked autoencoder for text: the encoder never sees the mask symbol and spends no dimensions on it."),
+    Method("lexinvariant_lm", "Lexinvariant Language Models", "2305.16349", 2023, "pretraining", "Every sequence draws new random embeddings, so symbols get their meaning from context alone.", "tokjax.pretraining.lexinvariant", "implemented"),
+    Method("mae_lm", "Representation Deficiency in Masked Language Modeling", "2302.02060", 2023, "pretraining", "A masked autoencoder for text: the encoder never sees the mask symbol and spends no dimensions on it.", "tokjax.pretraining.mae_lm", "implemented"),
     Method("patch_training", "Patch-Level Training for Large Language Models", "2407.12665", 2024, "pretraining", "Trains first on averaged patches of K tokens, then on single tokens, for about half the compute.", "tokjax.pretraining.patch_training", "did not reproduce"),
     Method("signal_processing_llm", "Towards Signal Processing In Large Language Models", "2406.10254", 2024, "pretraining", "Learned causal filter banks reshape each activation coordinate as a signal along the tokens.", "tokjax.pretraining.signal_processing_llm", "implemented"),
     Method("syntactic_smoothing", "Mitigating Frequency Bias and Anisotropy in Language Model Pre-Training with Syntactic Smoothing", "2410.11462", 2024, "pretraining", "Spreads part of the target over words of like part of speech, so that rare tokens learn from frequent ones.", "tokjax.pretraining.syntactic_smoothing", "did not reproduce"),
@@ -127,7 +127,7 @@ _ROWS = (
     # analysis
     Method("clue", "CLUE: Non-parametric Verification from Experience via Hidden-State Clustering", "2510.01591", 2025, "analysis", "Judges a reasoning trace by whether its change of hidden states is nearer to past right or wrong ones."),
     Method("dcsqe", "Alleviating Distribution Shift in Synthetic Data for Machine Translation Quality Estimation", "2502.19941", 2025, "analysis", "Makes near-reference translations with natural errors, graded by a second model, to train estimators.", "tokjax.finetuning.quality_estimation", "did not reproduce"),
-    Method("fair_lm_paradox", "The Fair Language Model Paradox", "2410.11985", 2024, "analysis", "Shows by loss per token type that weight decay costs rare tokens what the average hides."),
+    Method("fair_lm_paradox", "The Fair Language Model Paradox", "2410.11985", 2024, "analysis", "Shows by loss per token type that weight decay costs rare tokens what the average hides.", "tokjax.analysis.fair_lm_paradox", "implemented"),
     Method("fiber_bundle_test", "Token Embeddings Violate the Manifold Hypothesis", "2504.01002", 2025, "analysis", "Tests at each token whether the number of neighbours grows with radius as on a manifold."),
     Method("first_hallucination_tokens", "First Hallucination Tokens Are Different from Conditional Ones", "2507.20836", 2025, "analysis", "Measures by position in a hallucinated span how well logit signals reveal its tokens."),
     Method("future_lens", "Future Lens: Anticipating Subsequent Tokens from a Single Hidden State", "2311.04897", 2023, "analysis", "Reads later tokens from one hidden state by linear maps, transplants and learned prompts."),
@@ -182,7 +182,7 @@ _ROWS = (
     Method("discrec", "DiscRec: Disentangled Semantic-Collaborative Modeling for Generative Recommendation", "2506.15576", 2025, "recsys", "Adds positions inside item codes and a gated branch of collaborative signals to the embeddings.", "tokjax.recsys.training", "implemented"),
     # retrieval
     Method("dear", "DeAR: Dual-Stage Document Reranking with Reasoning Agents via LLM Distillation", "2508.16998", 2025, "retrieval", "Distils pointwise scores into a small model, then tunes it to reorder the top by reasoning.", "tokjax.retrieval.dear", "did not reproduce"),
-    Method("mexma", "MEXMA: Token-level objectives improve sentence representations", "2409.12737", 2024, "retrieval", "Rebuilds masked tokens of one language from the other's sentence vector, beside aligning both."),
+    Method("mexma", "MEXMA: Token-level objectives improve sentence representations", "2409.12737", 2024, "retrieval", "Rebuilds masked tokens of one language from the other's sentence vector, beside aligning both.", "tokjax.pretraining.mexma", "implemented"),
     Method("mind_retrieval", "Memory-Aware and Uncertainty-Guided Retrieval for Multi-Hop Question Answering", "2503.23095", 2025, "retrieval", "Retrieves when generated words are uncertain and influential, and remembers confident facts."),
     # prompts
     Method("pmpo", "PMPO: Probabilistic Metric Prompt Optimization for Small and Large Language Models", "2505.16307", 2025, "prompts", "Rewrites prompts by the cross-entropy of gold answers, with no sampling and no judge."),

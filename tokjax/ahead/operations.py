@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-import jax
+from jax.extend import core
 
 
 def operations(jaxpr: Any) -> float:
@@ -45,6 +45,6 @@ def _inner(params: dict[str, Any]) -> list[Any]:
     found = []
     for value in params.values():
         for each in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(each, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr):
+            if isinstance(each, core.ClosedJaxpr | core.Jaxpr):
                 found.append(each)
     return found

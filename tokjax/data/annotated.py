@@ -121,6 +121,11 @@ class AnnotatedStore:
         return self.store.has_rankings
 
     @property
+    def has_translations(self) -> bool:
+        """Whether every example is a text with its translation."""
+        return self.store.has_translations
+
+    @property
     def sequences(self) -> int:
         """Sequences of each example."""
         return self.store.sequences

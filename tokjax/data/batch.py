@@ -21,13 +21,15 @@ class Batch:
             count. Never inferred from token ids. Targets of a rejected answer weigh below 0.
         example_id: for segment s of a row, column s - 1 holds the number of its example (an
             index into the loader's list of examples), -1 where there is no such segment. A pair of
-            answers is one example and two segments: the chosen one, then the rejected one. A
-            ranking is one example with a segment for each passage.
+            answers is one example and two segments: the chosen one, then the rejected one; so are
+            two translations. A ranking is one example with a segment for each passage.
         channels: further values of each target by name (annotations), 0 on filling.
         values: values of each segment by name, 0 where there is no such segment; of rankings how
-            relevant each passage is ("label") and perhaps a teacher's "score".
+            relevant each passage is ("label") and perhaps a teacher's "score", of translations
+            which of the two a segment is ("side", 0 or 1).
         group: segments of an example; those of one example are neighbours in one row, and the
-            first segment of a row begins an example. 1 unless examples are pairs or rankings.
+            first segment of a row begins an example. 1 unless examples are pairs, translations or
+            rankings.
     """
 
     tokens: Int[Array, "B T"]

@@ -31,8 +31,8 @@ class Example:
       num_bytes: length of its text in UTF-8.
       cuts: where the second and further sequences of a group begin in tokens; () where there is
         one sequence only.
-      values: name -> float32 [G], a value of each sequence of a ranking: "label", and "score" where
-        a teacher gave some.
+      values: name -> float32 [G], a value of each sequence: of a ranking "label", and "score" where
+        a teacher gave some; of translations "side", 0 and 1.
     """
 
     name: str
@@ -96,6 +96,8 @@ class Encoder:
             return self._pair(document, document.rejected)
         if document.ranking is not None:
             return self._ranking(document, document.ranking)
+        if document.translation is not None:
+            return self._translation(document, document.translation)
         return self._weighted(document) if document.messages is None else self._chat(document)
 
     def _pair(self, document: Document, rejected: Document) -> Example:
@@ -134,6 +136,24 @@ class Encoder:
         num_bytes = len(ranking.query.encode()) + sum(len(p.encode()) for p in ranking.passages)
         cuts = tuple(ends[:-1].tolist())
         return Example(document.name, document.key, tokens, weights, num_bytes, cuts, values)
+
+    def _translation(self, document: Document, translation: str) -> Example:
+        """Returns both texts as one example, each whole among the inputs, as of a ranking."""
+        texts = document.text, translation
+        found = self.tokenizer.encode_batch(list(texts))
+        for ids, which in zip(found, ("first", "second"), strict=True):
+            if not len(ids):
+                raise _Unusable("empty", f"the {which} text has no token")
+        first, second = ([*self.before, *ids, *self.after] for ids in found)
+        tokens = np.array([*first, *second, second[-1]], np.int32)
+        self._check_length(tokens)
+        weights = np.ones(tokens.size, np.float32)
+        weights[-1] = 0
+        num_bytes = sum(len(text.encode()) for text in texts)
+        values = {"side": np.arange(2, dtype=np.float32)}
+        return Example(
+            document.name, document.key, tokens, weights, num_bytes, (len(first),), values
+        )
 
     def _weighted(self, document: Document) -> Example:
         ids, offsets = self.tokenizer.encode_with_offsets(document.text)
@@ -212,7 +232,10 @@ def _set_by_token(
 
 
 def _is_plain(document: Document) -> bool:
-    special = (document.weights, document.messages, document.rejected, document.ranking)
+    special = (
+        *(document.weights, document.messages, document.rejected),
+        *(document.ranking, document.translation),
+    )
     return all(part is None for part in special)
 
 

@@ -490,6 +490,8 @@ def _check_groups(stores: Sequence[Store], config: PackingConfig) -> None:
 
 
 def _described(sequences: int, values: tuple[str, ...]) -> str:
+    if "side" in values:
+        return "translations"
     if values:
         return f"rankings of {sequences} passages with {' and '.join(values)}"
     return {1: "single examples", 2: "pairs of answers"}.get(

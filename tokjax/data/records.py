@@ -147,6 +147,11 @@ def _ranking(record: Mapping[str, Any], source: RecordSource) -> tuple[Document,
     return Document("", "", "", ranking=ranking), content
 
 
+def _translation(record: Mapping[str, Any], source: RecordSource) -> tuple[Document, Content]:
+    first, second = _string(record, source.prompt), _string(record, source.response)
+    return Document("", "", first, translation=second), f"{first}\0{second}"
+
+
 def check_passages(passages: Any, field: str) -> tuple[Passage, ...]:
     """Returns the passages of a record.
 
@@ -253,6 +258,7 @@ _READERS: Mapping[str, Callable[..., tuple[Document, Content]]] = {
     "rated": _rated,
     "preference": _preference,
     "ranking": _ranking,
+    "translation": _translation,
 }
 
 

@@ -15,7 +15,9 @@ from tokjax.config.schema import register, registered_name
 from tokjax.data.rankings import PASSAGE_TOKENS, QUERY_TOKENS, Limits, Ranking
 from tokjax.errors import ConfigError
 
-RecordKind = Literal["text", "response", "messages", "rated", "preference", "ranking"]
+RecordKind = Literal[
+    "text", "response", "messages", "rated", "preference", "ranking", "translation"
+]
 StdlibPart = Literal["topics", "docstrings", "sources"]
 
 
@@ -35,6 +37,7 @@ class Document:
       rejected: of a pair, the answer that is not wanted; its weights are negated later.
       by_token: (start, end, weights): a weight of each token that ends within these characters.
       ranking: a query with its passages, which are then all that counts; `text` is "".
+      translation: of a pair of translations, the second text; `text` is the first.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Document:
     rejected: "Document | None" = None
     by_token: tuple[int, int, tuple[float, ...]] | None = None
     ranking: Ranking | None = None
+    translation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,8 @@ class RecordSource:
     # what a record is: plain text (every token counts); a prompt with a response, or a chat (only
     # responses and assistant turns count); a prompt with a response that is good or bad (weights of
     # bad ones are negative); a prompt with a chosen and a rejected response (weights of the
-    # rejected one are negative); a query with passages to be ranked
+    # rejected one are negative); a query with passages to be ranked; a text (the prompt) with its
+    # translation (the response), each a sequence of its own
     kind: RecordKind = "text"
     text: str = "text"  # kind text: field of the text
     prompt: str = "prompt"  # kinds with a prompt: field of the prompt
@@ -156,6 +161,7 @@ class RecordSource:
             "rated": ("label",),
             "preference": ("prompt", "chosen", "rejected"),
             "ranking": ("query", "passages"),
+            "translation": ("prompt", "response"),
         }[self.kind]
         for field in used:
             if not getattr(self, field):
@@ -176,6 +182,8 @@ class RecordSource:
             return (self.label,)
         if self.kind == "ranking":
             return (self.query, self.passages)
+        if self.kind == "translation":
+            return (self.prompt, self.response)
         return self.template_fields
 
     @property

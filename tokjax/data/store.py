@@ -7,6 +7,7 @@
                     only where examples are groups of G sequences (pairs: G = 2)
     labels.bin      float32 [N, G], how relevant each sequence is; only of rankings
     scores.bin      float32 [N, G], a teacher's scores; only of rankings that have them
+    sides.bin       float32 [N, 2], 0 and 1; only of translations
     offsets.bin     int64 [N + 1], where each example starts in tokens.bin
     lengths.bin     int64 [N]
     keys.bin        uint64 [N], and repeats.bin uint32 [N] only where a key occurs more than once
@@ -118,7 +119,12 @@ class TokenStore:
     @property
     def has_rankings(self) -> bool:
         """Whether every example is a query with passages, whose values say how good they are."""
-        return bool(self._values)
+        return "label" in self._values
+
+    @property
+    def has_translations(self) -> bool:
+        """Whether every example is a text with its translation."""
+        return "side" in self._values
 
     def cuts(self, i: int) -> tuple[int, ...]:
         """Returns where the second and further sequences of example `i` begin."""
@@ -132,7 +138,10 @@ class TokenStore:
 
     @property
     def value_names(self) -> tuple[str, ...]:
-        """Names of what is known of each sequence: of rankings "label" and perhaps "score"."""
+        """Names of what is known of each sequence.
+
+        Of rankings "label" and perhaps "score", of translations "side".
+        """
         return tuple(self._values)
 
     def values(self, name: str, i: int) -> Float32[np.ndarray, "G"]:

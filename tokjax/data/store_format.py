@@ -18,6 +18,7 @@ FILES = {
     "cuts.bin",
     "labels.bin",
     "scores.bin",
+    "sides.bin",
     "offsets.bin",
     "lengths.bin",
     "keys.bin",
@@ -27,7 +28,8 @@ FILES = {
     "unigram.bin",
     "skipped.jsonl",
 }
-VALUES = {"label": "labels.bin", "score": "scores.bin"}  # of sequences: name -> file
+# of sequences: name -> file
+VALUES = {"label": "labels.bin", "score": "scores.bin", "side": "sides.bin"}
 OPTIONAL = {"weights.bin", "cuts.bin", *VALUES.values(), "repeats.bin", "skipped.jsonl"}
 
 

@@ -139,7 +139,7 @@ class StoreWriter:
           name: where the example comes from, for people.
           num_bytes: length of its text in UTF-8.
           cuts: where the second and further sequences of a group begin; () of a single one.
-          values: name ("label", "score") -> a value of each sequence of a ranking.
+          values: name ("label", "score", "side") -> a value of each sequence of a group.
 
         Raises:
           DataError: an id outside the vocabulary, a weight or value that is not finite, as many

@@ -197,6 +197,7 @@ def _facts(document: Document) -> dict[str, Any]:
         "by_token": document.by_token,
         "rejected": rejected and {**_facts(rejected), "text": rejected.text},
         "ranking": document.ranking and dataclasses.asdict(document.ranking),
+        "translation": document.translation,
     }
 
 

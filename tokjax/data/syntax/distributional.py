@@ -128,6 +128,6 @@ def _clustered(
         own = new
         members = np.zeros((len(x), len(centres)))
         members[np.arange(len(x)), own] = mass
-        sums, used = members.T @ x, members.any(0)
+        sums, used = members.T @ x, members.sum(0) > 0
         centres = np.where(used[:, None], _unit(sums), centres)
     return own, float((mass * (x * centres[own]).sum(-1)).sum())
