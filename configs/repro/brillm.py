@@ -212,7 +212,8 @@ def _batch(rows: np.ndarray) -> Batch:
     numbers = np.arange(len(rows), dtype=np.int32)[:, None]
     weights = np.ones(tokens.shape, np.float32)
     given = (tokens, targets, positions, np.ones_like(tokens), weights, numbers)
-    return Batch(*map(jnp.asarray, given))
+    arrays: Any = map(jnp.asarray, given)
+    return Batch(*arrays)
 
 
 def _counted(order: int, size: int, train, dev, test) -> np.ndarray:

@@ -261,7 +261,8 @@ def _batch(task: Counting, rng: np.random.Generator, rows: int = 32) -> Batch:
     positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
     numbers = np.arange(rows, dtype=np.int32)[:, None]
     given = (tokens, targets, positions, np.ones_like(tokens), weights, numbers)
-    return Batch(*map(jnp.asarray, given))
+    arrays: Any = map(jnp.asarray, given)
+    return Batch(*arrays)
 
 
 def judge(found: Measurements) -> Verdict:
