@@ -26,7 +26,7 @@ WITH_EXAMPLES = sorted(path for path in PACKAGE.rglob("*.py") if ">>> " in path.
             "models",
             "search",
         ),
-        *("quality_estimation", "recommendation", "selection", "signals"),
+        *("pretraining", "quality_estimation", "recommendation", "selection", "signals"),
     ],
 )
 def test_the_code_of_a_page_runs_from_top_to_bottom(name):

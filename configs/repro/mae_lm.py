@@ -6,7 +6,7 @@ Words of Tiny Shakespeare, encoders of four post-norm layers. The effective rank
 real tokens is measured layer by layer on held-out text: for the masked language models with masks
 among the inputs, as they are trained, and for MAE-LM on whole texts.
 
-What came out is recorded in docs/reproductions/mae_lm.json.
+It has not been run at full scale yet.
 
 The arms:
     mlm      masked language model; every chosen word becomes the mask

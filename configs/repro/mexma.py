@@ -7,7 +7,7 @@ and the second and third word, the fourth and fifth, ... change places. All arms
 encoder that has learned to restore masked words of both languages. Held-out lines look for their
 translations among all, and among translations with one word replaced too.
 
-What came out is recorded in docs/reproductions/mexma.json.
+It has not been run at full scale yet.
 
 The arms, on the same pairs:
     sentence   squared distance of translations and KoLeo: vectors of sentences alone
