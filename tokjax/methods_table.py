@@ -55,7 +55,7 @@ class Method:
 # fmt: off
 _ROWS = (
     # pretraining
-    Method("brillm", "BriLLM: Brain-inspired Large Language Model", "2503.11299", 2025, "pretraining", "A graph with one node per token passes a signal along the text; the next token is where its energy is largest.", "tokjax.pretraining.brillm", "implemented"),
+    Method("brillm", "BriLLM: Brain-inspired Large Language Model", "2503.11299", 2025, "pretraining", "A graph with one node per token passes a signal along the text; the next token is where its energy is largest.", "tokjax.pretraining.brillm", "did not reproduce"),
     Method("hyperschedules_hdlm", "Unifying Autoregressive and Diffusion-Based Sequence Generation", "2504.06416", 2025, "pretraining", "Noise schedules per position join autoregression and text diffusion; mixed noise teaches the model to correct itself."),
     Method("lexinvariant_lm", "Lexinvariant Language Models", "2305.16349", 2023, "pretraining", "Every sequence draws new random embeddings, so symbols get their meaning from context alone.", "tokjax.pretraining.lexinvariant", "implemented"),
     Method("mae_lm", "Representation Deficiency in Masked Language Modeling", "2302.02060", 2023, "pretraining", "A masked autoencoder for text: the encoder never sees the mask symbol and spends no dimensions on it.", "tokjax.pretraining.mae_lm", "implemented"),
@@ -142,7 +142,7 @@ _ROWS = (
     Method("thinking_tokens", "Rethinking Thinking Tokens: Understanding Why They Underperform in Practice", "2411.11371", 2024, "analysis", "Compares repeated thinking tokens with chain of thought and explains the gap by cancelling gradients."),
     Method("tocsin", "Zero-Shot Detection of LLM-Generated Text using Token Cohesiveness", "2409.16914", 2024, "analysis", "Sharpens a detector's score by how far meaning moves when random tokens are deleted."),
     Method("token_erasure", "Token Erasure as a Footprint of Implicit Vocabulary Items in LLMs", "2406.20086", 2024, "analysis", "Finds implicit words by how fast probes forget the tokens that compose them."),
-    Method("transformers_need_glasses", "Transformers need glasses! Information over-squashing in language tasks", "2406.04267", 2024, "analysis", "Measures how the last state of long inputs collapses and which tokens still reach it.", "tokjax.analysis.over_squashing", "implemented"),
+    Method("transformers_need_glasses", "Transformers need glasses! Information over-squashing in language tasks", "2406.04267", 2024, "analysis", "Measures how the last state of long inputs collapses and which tokens still reach it.", "tokjax.analysis.over_squashing", "did not reproduce"),
     # audio
     Method("ar_speech_enhancement", "Autoregressive Speech Enhancement via Acoustic Tokens", "2507.12825", 2025, "audio", "A transducer reads noisy codec tokens and writes clean ones frame by frame."),
     Method("cosyvoice", "CosyVoice: A Scalable Multilingual Zero-shot Text-to-speech Synthesizer based on Supervised Semantic Tokens", "2407.05407", 2024, "audio", "Speech tokens from a recogniser, a model from text to them, and flow matching to sound."),
