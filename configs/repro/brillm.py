@@ -2,9 +2,9 @@
 
     python -m tokjax.reproduce brillm
 
-What came out is in docs/reproductions/brillm.json and .png: seven of eight demands hold (1.23 nats where
-the source has 1.22, memory used where there is any); on shuffled text the graph stays .08 above the
-unigram entropy.
+What came out is in docs/reproductions/brillm.json and .png: seven of eight demands hold (1.23 nats
+where the source has 1.22, memory used where there is any); on shuffled text the graph stays .08
+above the unigram entropy.
 
 Sources of rows of 16 tokens: `markov`, where the next token depends on the last one, `order2`, on
 the last two, `copy`, where it is the token three back in nine of ten cases, `text`, characters of

@@ -2,7 +2,7 @@
 
     python -m tokjax.reproduce hierarchical_ar_transformer
 
-What came out: WHAT_CAME_OUT
+It has not been run in full: docs/reproductions holds no record of it yet.
 
 The arms read as much text in as many steps:
     bpe        a transformer over a BPE of 1,024 tokens

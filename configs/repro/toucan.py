@@ -2,7 +2,7 @@
 
     python -m tokjax.reproduce toucan
 
-What came out: WHAT_CAME_OUT
+It has not been run in full: docs/reproductions holds no record of it yet.
 
 The arms, of equal size and on the same batches:
     base_words     stacks over characters, words and characters again, without ends: to generate,

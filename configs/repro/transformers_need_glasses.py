@@ -2,8 +2,8 @@
 
     python -m tokjax.reproduce transformers_need_glasses
 
-What came out is in docs/reproductions/transformers_need_glasses.json and .png: every rate is the theory's,
-profiles become a U, errors of counting grow; only separators do not help here.
+What came out is in docs/reproductions/transformers_need_glasses.json and .png: every rate is the
+theory's, profiles become a U, errors of counting grow; only separators do not help here.
 
 The arms:
     rate_...        one attention layer with Gaussian queries, keys and values, n against n + 1

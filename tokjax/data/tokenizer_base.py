@@ -387,6 +387,10 @@ def _class_of(kind: str) -> type[Tokenizer]:
         from tokjax.data.byte_tokenizer import ByteTokenizer
 
         return ByteTokenizer
+    if kind == "words":
+        from tokjax.data.word_tokenizer import WordTokenizer
+
+        return WordTokenizer
     if kind == "sentencepiece":
         from tokjax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 

@@ -5,6 +5,7 @@ Nothing here imports TensorFlow.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tokjax.data.tokenizer_base import Tokenizer
 from tokjax.errors import ConfigError, nearest
@@ -18,7 +19,7 @@ __all__ = [
     "sequence_ends",
 ]
 
-NAMES = ("bytes", "bpe", "sentencepiece", "huggingface", "gguf", "saved", "checkpoint")
+NAMES = ("bytes", "words", "bpe", "sentencepiece", "huggingface", "gguf", "saved", "checkpoint")
 _LOADED = {
     "sentencepiece": ".model file",
     "huggingface": "tokenizer.json or its folder",
@@ -32,12 +33,15 @@ SMALLEST_BPE = 260  # 256 bytes, <|endoftext|>, and at least three merges
 class TokenizerConfig:
     """Which tokenizer, and what it puts around a sequence."""
 
-    # bytes, bpe (trained on `corpus`), sentencepiece, huggingface, gguf or saved (from `path`), or
-    # checkpoint (that of the run's init_from)
+    # bytes, words (bytes in words), bpe (trained on `corpus`), sentencepiece, huggingface, gguf or
+    # saved (from `path`), or checkpoint (that of the run's init_from)
     name: str = "bpe"
     path: str | None = None  # .model file; tokenizer.json or the folder that holds it; .gguf file
     vocab_size: int = 8192  # ids of the bpe, the special one and the 256 bytes included
     corpus: str = "stdlib"  # text the bpe learns from: stdlib, a UTF-8 file, or a folder of .txt
+    word_bytes: int = 16  # of the tokenizer of words: most bytes of one
+    # what that tokenizer cuts text into: words; or as a control patches of so many bytes
+    word_pieces: Literal["words", "patches"] = "words"
     bos: str | None = None  # text of the begin token where the files do not name one
     eos: str | None = None  # text of the end token where the files do not name one
     pad: str | None = None  # text of the filling token where the files do not name one
@@ -51,7 +55,7 @@ class TokenizerConfig:
         if self.name in _LOADED and not self.path:
             wanted = _LOADED[self.name]
             raise ConfigError(f"tokenizer {self.name!r} needs tokenizer.path: the {wanted}.")
-        if self.name in ("bytes", "bpe"):
+        if self.name in ("bytes", "words", "bpe"):
             for field in ("path", "bos", "eos", "pad"):
                 if getattr(self, field):
                     raise ConfigError(
@@ -83,6 +87,10 @@ def build_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
         from tokjax.data.byte_tokenizer import ByteTokenizer
 
         tokenizer: Tokenizer = ByteTokenizer()
+    elif config.name == "words":
+        from tokjax.data.word_tokenizer import WordTokenizer
+
+        tokenizer = WordTokenizer(config.word_bytes, config.word_pieces)
     elif config.name == "bpe":
         from tokjax.data.bpe import cached_bpe
 
