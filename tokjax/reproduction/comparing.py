@@ -58,7 +58,10 @@ def run(
             except Interrupted as stop:
                 return Stopped(stop.signal)
         start = time.monotonic()
-        values = plan.measure(materials[seed], plan.arms[arm].options, seed)
+        try:  # an arm may train a model of its own
+            values = plan.measure(materials[seed], plan.arms[arm].options, seed)
+        except Interrupted as stop:
+            return Stopped(stop.signal)
         seconds = time.monotonic() - start
         found[seed, arm] = _write(plan, workdir, seed, arm, values, seconds)
         shown = ""
