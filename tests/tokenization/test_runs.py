@@ -71,6 +71,13 @@ def test_another_tokenizer_is_refused(tiny_tree, name, tokenizer):
         build_run(resolve(TrainConfig, tree), devices=jax.devices()[:1], show_progress=False)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_samples_of_the_backbone_alone_are_refused(tiny_tree, name):
+    asked = {"prompts": ("a",), "max_new_tokens": 4}
+    with pytest.raises(ConfigError, match=f"objective '{name}' writes only together with"):
+        run_of(tiny_tree, name, samples=asked)
+
+
 def test_the_configs_are_those_of_the_models():
     assert isinstance(resolve(TrainConfig, load("configs/hat.py")).objective, Hat)
     found = resolve(TrainConfig, load("configs/toucan.py:boundaries=whitespace")).objective

@@ -94,6 +94,8 @@ class Objective(Protocol):
     One that needs a model that sees both sides says `bidirectional = True`, one that takes either
     `None`; all others need a causal one.
 
+    One whose model writes text only together with the objective's own heads says `heads_write`.
+
     One whose stage does not begin with the parameters as they are has the method
     `begin(model, params) -> params`, which is given those that are trained.
     """

@@ -263,6 +263,12 @@ def _check_prompts(config: TrainConfig, tokenizer: Tokenizer) -> None:
             "a model with model.embedding_rows writes only under a table that is drawn: leave out "
             "samples.prompts and evaluation.answers"
         )
+    for stage in config.stage_list:
+        if writes and getattr(stage.objective, "heads_write", False):
+            raise ConfigError(
+                f"the model of objective {_name(stage.objective)!r} writes only together with the "
+                f"objective's heads: leave out samples.prompts and evaluation.answers"
+            )
     for prompt in config.samples.prompts:
         before, _ = sequence_ends(config.data.tokenizer, tokenizer)
         size = len(before) + len(tokenizer.encode(prompt))

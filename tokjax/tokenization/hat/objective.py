@@ -48,6 +48,7 @@ class Hat(PerToken, WithoutState):
     z_loss: float = 0.0  # coefficient of the squared log-sum-exp of the logits
 
     evaluates: ClassVar[bool] = True
+    heads_write: ClassVar[bool] = True
 
     def __post_init__(self):
         for name in ("encoder", "decoder"):

@@ -6,7 +6,7 @@ Reference: Fleshman and Van Durme, "Toucan: Token-Aware Character Level Language
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,8 @@ class Toucan(PerToken, WithoutState):
     control: Literal["none", "zero", "leak"] = "none"
     draws: bool = True  # learned boundaries are drawn; False takes the likelier
     z_loss: float = 0.0  # coefficient of the squared log-sum-exp of the logits
+
+    heads_write: ClassVar[bool] = True
 
     def __post_init__(self):
         for name in ("before", "behind"):
