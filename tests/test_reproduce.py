@@ -437,7 +437,7 @@ def test_after_a_stop_no_further_arm_is_begun(tree_of_plans, tmp_path, capsys, m
         (["patch_training", "--seeds=0,0"], "different numbers"),
         (["patch_training", "--seeds=-1"], "different numbers"),
         (["--family=pretraining", "--workdir=x"], "one reproduction"),
-        (["--family=recsys"], "no reproduction of the family"),
+        (["--family=series"], "no reproduction of the family"),
     ],
 )
 def test_wrong_command_lines_are_refused(words, message):

@@ -179,7 +179,7 @@ _ROWS = (
     Method("timercd", "Towards Foundation Models for Zero-Shot Time Series Anomaly Detection: Leveraging Synthetic Data and Relative Context Discrepancy", "2509.21190", 2025, "series", "A transformer trained on synthetic anomalies labels each step of an unseen series against its context."),
     Method("tokencast", "From Values to Tokens: An LLM-Driven Framework for Context-aware Time Series Forecasting via Symbolic Discretization", "2508.09191", 2025, "series", "Quantises a series into tokens of the language model, which then forecasts with text as context."),
     # recsys
-    Method("discrec", "DiscRec: Disentangled Semantic-Collaborative Modeling for Generative Recommendation", "2506.15576", 2025, "recsys", "Adds positions inside item codes and a gated branch of collaborative signals to the embeddings.", "tokjax.recsys.training", "implemented"),
+    Method("discrec", "DiscRec: Disentangled Semantic-Collaborative Modeling for Generative Recommendation", "2506.15576", 2025, "recsys", "Adds positions inside item codes and a gated branch of collaborative signals to the embeddings.", "tokjax.recsys.training", "did not reproduce"),
     # retrieval
     Method("dear", "DeAR: Dual-Stage Document Reranking with Reasoning Agents via LLM Distillation", "2508.16998", 2025, "retrieval", "Distils pointwise scores into a small model, then tunes it to reorder the top by reasoning.", "tokjax.retrieval.dear", "did not reproduce"),
     Method("mexma", "MEXMA: Token-level objectives improve sentence representations", "2409.12737", 2024, "retrieval", "Rebuilds masked tokens of one language from the other's sentence vector, beside aligning both.", "tokjax.pretraining.mexma", "implemented"),

@@ -2,6 +2,11 @@
 
     python -m tokjax.reproduce discrec
 
+What came out is in docs/reproductions/discrec.json and .png: DiscRec finds more than the plain
+model (recall .117 against .088) and attention within items more than full attention (.160 against
+.097), but shifted borders cost nothing sure. All arms are far from what there is to be found
+(.81).
+
 A made-up catalogue: 150 items whose embeddings lie in clusters, with three codes of 16 from an
 RQ-VAE; 15 taste groups that know nothing of the clusters, each followed by one other (80 %). An
 encoder-decoder of width 32 with two blocks on either side learns the next item of 2,000 users:

@@ -59,7 +59,7 @@ class Toucan(PerToken, WithoutState):
 
     before: StackConfig = StackConfig(n_layers=2)  # over characters, before pooling
     behind: StackConfig = StackConfig(n_layers=2)  # over characters and ends, which predicts
-    boundaries: Boundaries = Boundaries()
+    boundaries: Boundaries = Boundaries()  # where groups begin: learned, or said by the text
     # False: the baseline whose characters predict the next character alone, and which therefore
     # runs all stacks for every character it generates
     ends: bool = True
