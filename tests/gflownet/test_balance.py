@@ -1,4 +1,4 @@
-"""Balance losses: zero at exact flows, the card's numbers, and what must not change them."""
+"""Balance losses: zero at exact flows, worked numbers, and what must not change them."""
 
 import jax
 import jax.numpy as jnp

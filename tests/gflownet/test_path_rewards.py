@@ -1,4 +1,4 @@
-"""Rewards of paths: the card's numbers, titles within titles, and the personal variants."""
+"""Rewards of paths: worked numbers, titles within titles, and the personal variants."""
 
 import jax.numpy as jnp
 import numpy as np

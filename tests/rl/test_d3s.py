@@ -17,7 +17,7 @@ from tokjax.rl.policy_loss import policy_loss
 from tokjax.training.loop import train
 from tokjax.training.metrics import read_metrics
 
-CARD = jnp.array([[1.0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
+WORKED = jnp.array([[1.0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -25,8 +25,8 @@ def best_variance(values, n):
     return max(np.var(subset) for subset in itertools.combinations(values, n))
 
 
-def test_advantages_and_choice_of_the_card():
-    advantages = group_advantages(CARD, ddof=0, eps=1e-8)
+def test_advantages_and_choice_of_the_worked_example():
+    advantages = group_advantages(WORKED, ddof=0, eps=1e-8)
     third = -0.57735
     np.testing.assert_allclose(
         advantages, [[1.73205, third, third, third], [0] * 4, [1, 1, -1, -1]], atol=1e-5
@@ -119,7 +119,7 @@ def test_where_nothing_scores_all_tokens_stay():
     np.testing.assert_array_equal(select_tokens(jnp.zeros((1, 3)), mask, 0.1), mask)
 
 
-def test_the_schedule_of_the_card():
+def test_the_schedule_of_the_worked_example():
     assert [float(scheduled(8 / 32, 1.0, jnp.float32(p))) * 32 for p in (0, 0.5, 1)] == [8, 20, 32]
 
 
@@ -133,7 +133,7 @@ def rolled(rollout_of, rewards, progress, seed=0, group=4):
 
 
 def test_everything_kept_is_grpo_bit_for_bit(rollout_of):
-    rewards = np.asarray(CARD).reshape(-1)
+    rewards = np.asarray(WORKED).reshape(-1)
     start, end = (rolled(rollout_of, rewards, progress) for progress in (0.0, 1.0))
     rng = np.random.default_rng(3)
     new, old = (jnp.asarray(rng.normal(-1, 0.2, (12, 6)), jnp.float32) for _ in range(2))
@@ -163,7 +163,7 @@ def test_the_choice_grows_with_progress(rollout_of):
 
 
 def test_advantages_are_those_of_all_answers(rollout_of):
-    rollout = rolled(rollout_of, np.asarray(CARD).reshape(-1), 0.0)
+    rollout = rolled(rollout_of, np.asarray(WORKED).reshape(-1), 0.0)
     found, weights = D3S()(rollout)
     np.testing.assert_array_equal(found, GroupAdvantage(ddof=0, eps=1e-8)(rollout)[0])
     assert set(np.unique(weights)) == {0.0, 1.0}
@@ -181,7 +181,7 @@ def test_pooled_tokens_are_the_top_of_the_chosen_answers(rollout_of):
 
 
 def test_within_prompts_each_has_its_share(rollout_of):
-    rewards = np.asarray(CARD).reshape(-1)
+    rewards = np.asarray(WORKED).reshape(-1)
     rollout = rolled(rollout_of, rewards, 0.0)
     weights = D3S(within=True, answers_init=0.5, tokens_init=1.0)(rollout)[1]
     by_prompt = np.asarray(rollout.by_prompt((weights != 0).any(-1)))
@@ -190,7 +190,7 @@ def test_within_prompts_each_has_its_share(rollout_of):
 
 
 def test_two_answers_are_the_fewest(rollout_of):
-    rollout = rolled(rollout_of, np.asarray(CARD).reshape(-1), 0.0)
+    rollout = rolled(rollout_of, np.asarray(WORKED).reshape(-1), 0.0)
     weights = D3S(answers_init=0.01, tokens_init=1.0)(rollout)[1]
     assert (weights != 0).any(-1).sum() == 2
 
@@ -222,7 +222,7 @@ def test_padding_and_the_order_of_groups_change_nothing(rollout_of):
 def test_progress_recompiles_nothing(rollout_of):
     shape = jax.jit(D3S())
     for progress in (0.0, 0.3, 0.9):
-        shape(rolled(rollout_of, np.asarray(CARD).reshape(-1), progress))
+        shape(rolled(rollout_of, np.asarray(WORKED).reshape(-1), progress))
     assert shape._cache_size() == 1
     select = jax.jit(lambda values, n: select_answers(values, n))  # with a cache of its own
     for n in (2, 3, 5):

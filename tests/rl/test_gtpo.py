@@ -20,7 +20,7 @@ GAIN = (1.0, 0.1)
 
 
 def card_rollout(rollout_of, entropies=ENTROPIES, lengths=LENGTHS, rewards=REWARDS, group=4):
-    """The card's group; an answer begins at place 1 of its row."""
+    """The worked example's group; an answer begins at place 1 of its row."""
     T = max(lengths) + 2
     placed = np.full((len(lengths), T), 7.0, np.float32)
     placed[:, 1 : 1 + entropies.shape[1]] = entropies
@@ -39,7 +39,7 @@ def assert_rows(found, expected, atol=1.5e-5):
         np.testing.assert_allclose(row, own, atol=atol)
 
 
-def test_shared_rewards_of_the_card(rollout_of):
+def test_shared_rewards_of_the_worked_example(rollout_of):
     rollout = card_rollout(rollout_of)
     found = np.asarray(
         shared_rewards(
@@ -56,7 +56,7 @@ def test_shared_rewards_of_the_card(rollout_of):
     )
 
 
-def test_each_sign_alone_as_on_the_card(rollout_of):
+def test_each_sign_alone_as_in_the_worked_example(rollout_of):
     """Half of the right tokens lose: the trap of this normalisation."""
     found = shaped(GTPO(normalise="per_sign"), card_rollout(rollout_of))
     root = 1.41421
@@ -65,7 +65,7 @@ def test_each_sign_alone_as_on_the_card(rollout_of):
     )
 
 
-def test_both_signs_together_as_on_the_card(rollout_of):
+def test_both_signs_together_as_in_the_worked_example(rollout_of):
     found = shaped(GTPO(), card_rollout(rollout_of))
     assert_rows(
         found,
@@ -93,7 +93,7 @@ def test_what_is_shared_out_adds_up_to_what_was_earned(rollout_of):
     np.testing.assert_allclose(columns.sum(), 5, atol=1e-6)
 
 
-def test_sequence_rewards_and_advantages_of_the_card(rollout_of):
+def test_sequence_rewards_and_advantages_of_the_worked_example(rollout_of):
     rollout = card_rollout(rollout_of)
     mean = jnp.array([[0.6, 0.45, 0.4, 0.5]])
     found = shared_rewards(jnp.asarray(REWARDS)[None], mean, jnp.ones((1, 4), bool), gain=GAIN)

@@ -21,7 +21,7 @@ from tokjax.training.config import TrainConfig
 from tokjax.training.loop import train
 from tokjax.training.metrics import read_metrics
 
-CARD = np.array([0.1, -0.2, 0.05, 0.3, -0.1], np.float32)
+WORKED = np.array([0.1, -0.2, 0.05, 0.3, -0.1], np.float32)
 CARD_SPANS = [PLAN, PLAN, ANSWER, ANSWER, ANSWER]
 WIDE = {"answer_clip_low": 0.2, "answer_clip_high": 0.2}
 
@@ -64,18 +64,18 @@ def value(objective, rollout, logprobs):
 # ---------------------------------------------------------------- the objective
 
 
-def test_ratios_of_the_card():
+def test_ratios_of_the_worked_example():
     mask = jnp.ones((1, 5), bool)
     answer = jnp.asarray([[s == ANSWER for s in CARD_SPANS]])
-    found = importance_ratios(jnp.asarray([CARD]), jnp.zeros((1, 5)), mask, "mixed", answer)
+    found = importance_ratios(jnp.asarray([WORKED]), jnp.zeros((1, 5)), mask, "mixed", answer)
     np.testing.assert_allclose(found[0], [1.10517, 0.81873, 1.08690, 1.08690, 1.08690], atol=1e-5)
 
 
-def test_objective_of_the_card(tagged):
+def test_objective_of_the_worked_example(tagged):
     """A plan advantage of 1.2 and one of -.5: terms 1.32621, .98248 and -.54345, sum .61089."""
     rollout = tagged([CARD_SPANS], [1.2], [-0.5])
     objective = TSGRPO(**WIDE)
-    logprobs = moved(rollout, [CARD])
+    logprobs = moved(rollout, [WORKED])
     assert float(value(objective, rollout, logprobs)) == pytest.approx(0.61089, abs=1e-5)
     assert float(
         value(TSGRPO(advantage=SpanAdvantage(answer_weight=0.0), **WIDE), rollout, logprobs)
@@ -153,7 +153,7 @@ def test_neither_term_depends_on_the_other_span(tagged):
     for weights, own in (((1.0, 0.0), PLAN), ((0.0, 1.0), ANSWER)):
         advantage = SpanAdvantage(plan_weight=weights[0], answer_weight=weights[1])
         objective = TSGRPO(advantage=advantage, **WIDE)
-        slopes = jax.grad(lambda x, o=objective: value(o, rollout, x))(moved(rollout, [CARD]))
+        slopes = jax.grad(lambda x, o=objective: value(o, rollout, x))(moved(rollout, [WORKED]))
         inside = np.asarray(rollout.extra["spans"]) == own
         assert np.all((np.asarray(slopes) != 0) == inside)
 

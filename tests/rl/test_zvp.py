@@ -47,7 +47,7 @@ BOTH = pytest.mark.parametrize("entropies", ["current", "rollout"])
 
 
 @BOTH
-def test_advantages_of_the_card(rollout_of, entropies):
+def test_advantages_of_the_worked_example(rollout_of, entropies):
     rollout = rolled(rollout_of, [1, 1, 0, 0], [3] * 4, 2)
     found = of(ZeroVariance(alpha=0.1, entropies=entropies), rollout)
     np.testing.assert_allclose(found[:2, 1:4], [[0.02, 0.1, 0.06]] * 2, atol=1e-7)
