@@ -93,6 +93,10 @@ def test_the_forms_in_which_tpu_programs_write_groups_and_loops():
         ("all-gather", 16 * 36 * 64 * 2, 16, 1),
         ("all-reduce", 32, 8, 1),
     ]
+    assert found[1].groups == tuple(range(16))
+    assert found[2].groups == tuple(range(8))
+    across = _TPU.replace("{'axis_1'}", "{'axis_0'}").replace("[4,8]<=[32]", "[8,4]<=[4,8]T(1,0)")
+    assert [each.groups for each in collectives(across, 32)[1:]] == [(0, 16), (0, 8, 16, 24)]
     assert by_kind(found)["collective-permute"] == (30, 30 * 36 * 576 * 2)
 
 

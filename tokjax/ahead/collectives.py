@@ -1,8 +1,11 @@
 """The collectives of a compiled program, from its text: kind, size, group, how often."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4}
@@ -15,6 +18,8 @@ _CALLED = re.compile(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _OPERATION = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
+_IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LIMIT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
 
@@ -28,7 +33,7 @@ class Collective:
         size: bytes of its result on one device; of a reduce-scatter, of its argument.
         group: devices that exchange with each other.
         times: how often one step of the program runs it.
-        groups: the devices of the first group, by number; () where they are not told.
+        groups: the devices of the first group, by number.
     """
 
     kind: str
@@ -102,7 +107,7 @@ def _collective(found: re.Match, line: str, times: int, devices: int) -> Collect
         # (arguments, results, and for permutes two counters)
         sizes = sizes[1:2] if kind == "collective-permute" else sizes[len(sizes) // 2 :]
     members = _group(line, devices)
-    group = len(members) if members else _group_size(line, devices)
+    group = len(members)
     size = sum(sizes) * (group if kind == "reduce-scatter" else 1)
     return Collective(kind, size, group, times, members)
 
@@ -115,27 +120,30 @@ def _size(dtype: str, shape: str) -> int:
 
 
 def _group(line: str, devices: int) -> tuple[int, ...]:
-    """Returns the first group's devices where they are listed."""
+    """Returns the first group's devices, however groups are written."""
     if (listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line)) is not None:
         return tuple(map(int, listed.group(1).split(",")))
     if re.search(r"replica_groups=\{\}", line) is not None:
         return tuple(range(devices))
     if (pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line)) is not None:
         return tuple(map(int, pairs.groups()))
-    return ()
-
-
-def _group_size(line: str, devices: int) -> int:
-    """Returns the size of groups that are written as a shape of the devices."""
-    if (iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line)) is not None:
-        return int(iota.group(2))
-    if (mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line)) is not None:
+    if (iota := _IOTA.search(line)) is not None:
+        count, dims, order = iota.groups()
+        ids = _numbered([int(n) for n in dims.split(",")])
+        if order:
+            ids = ids.transpose([int(n) for n in order.split(",")])
+        return tuple(ids.reshape(-1)[: int(count)].tolist())
+    if (mesh := _MESH.search(line)) is not None:
         sizes = {axis: int(n) for axis, n in re.findall(r"'?(\w+)'?=(\d+)", mesh.group(1))}
-        size = 1
-        for axis in re.findall(r"'?(\w+)'?", mesh.group(2)):
-            size *= sizes.get(axis, 1)
-        return size
-    return devices
+        within = re.findall(r"'?(\w+)'?", mesh.group(2))
+        first = tuple(slice(None) if axis in within else 0 for axis in sizes)
+        return tuple(_numbered(list(sizes.values()))[first].reshape(-1).tolist())
+    return tuple(range(devices))
+
+
+def _numbered(sizes: Sequence[int]) -> np.ndarray:
+    """Returns the numbers of devices in an array of these sizes, the last axis fastest."""
+    return np.arange(math.prod(sizes)).reshape(sizes)
 
 
 def by_kind(found: Sequence[Collective]) -> dict[str, tuple[int, float]]:
