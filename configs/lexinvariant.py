@@ -26,6 +26,10 @@ def get_config(p: float = 1.0, steps: int = 1200) -> ConfigDict:
                 n_layers=4,
                 n_heads=4,
                 max_positions=256,
+                # Positions as large as the vectors they are added to. With rotary ones instead a
+                # small model learns to repeat what it has read far more slowly.
+                positions="learned",
+                init_scale=0.5,
                 # The byte tokenizer has one special id, which keeps a learned vector.
                 embedding_rows=1 if p == 1 else None,
             ),

@@ -127,7 +127,7 @@ _ROWS = (
     # analysis
     Method("clue", "CLUE: Non-parametric Verification from Experience via Hidden-State Clustering", "2510.01591", 2025, "analysis", "Judges a reasoning trace by whether its change of hidden states is nearer to past right or wrong ones."),
     Method("dcsqe", "Alleviating Distribution Shift in Synthetic Data for Machine Translation Quality Estimation", "2502.19941", 2025, "analysis", "Makes near-reference translations with natural errors, graded by a second model, to train estimators.", "tokjax.finetuning.quality_estimation", "did not reproduce"),
-    Method("fair_lm_paradox", "The Fair Language Model Paradox", "2410.11985", 2024, "analysis", "Shows by loss per token type that weight decay costs rare tokens what the average hides.", "tokjax.analysis.fair_lm_paradox", "implemented"),
+    Method("fair_lm_paradox", "The Fair Language Model Paradox", "2410.11985", 2024, "analysis", "Shows by loss per token type that weight decay costs rare tokens what the average hides.", "tokjax.analysis.fair_lm_paradox", "did not reproduce"),
     Method("fiber_bundle_test", "Token Embeddings Violate the Manifold Hypothesis", "2504.01002", 2025, "analysis", "Tests at each token whether the number of neighbours grows with radius as on a manifold."),
     Method("first_hallucination_tokens", "First Hallucination Tokens Are Different from Conditional Ones", "2507.20836", 2025, "analysis", "Measures by position in a hallucinated span how well logit signals reveal its tokens."),
     Method("future_lens", "Future Lens: Anticipating Subsequent Tokens from a Single Hidden State", "2311.04897", 2023, "analysis", "Reads later tokens from one hidden state by linear maps, transplants and learned prompts."),
@@ -182,7 +182,7 @@ _ROWS = (
     Method("discrec", "DiscRec: Disentangled Semantic-Collaborative Modeling for Generative Recommendation", "2506.15576", 2025, "recsys", "Adds positions inside item codes and a gated branch of collaborative signals to the embeddings.", "tokjax.recsys.training", "did not reproduce"),
     # retrieval
     Method("dear", "DeAR: Dual-Stage Document Reranking with Reasoning Agents via LLM Distillation", "2508.16998", 2025, "retrieval", "Distils pointwise scores into a small model, then tunes it to reorder the top by reasoning.", "tokjax.retrieval.dear", "did not reproduce"),
-    Method("mexma", "MEXMA: Token-level objectives improve sentence representations", "2409.12737", 2024, "retrieval", "Rebuilds masked tokens of one language from the other's sentence vector, beside aligning both.", "tokjax.pretraining.mexma", "implemented"),
+    Method("mexma", "MEXMA: Token-level objectives improve sentence representations", "2409.12737", 2024, "retrieval", "Rebuilds masked tokens of one language from the other's sentence vector, beside aligning both.", "tokjax.pretraining.mexma", "did not reproduce"),
     Method("mind_retrieval", "Memory-Aware and Uncertainty-Guided Retrieval for Multi-Hop Question Answering", "2503.23095", 2025, "retrieval", "Retrieves when generated words are uncertain and influential, and remembers confident facts."),
     # prompts
     Method("pmpo", "PMPO: Probabilistic Metric Prompt Optimization for Small and Large Language Models", "2505.16307", 2025, "prompts", "Rewrites prompts by the cross-entropy of gold answers, with no sampling and no judge."),

@@ -7,7 +7,10 @@ and the second and third word, the fourth and fifth, ... change places. All arms
 encoder that has learned to restore masked words of both languages. Held-out lines look for their
 translations among all, and among translations with one word replaced too.
 
-It has not been run at full scale yet.
+It did not reproduce: sentence vectors alone find 95 % of translations among near ones, MEXMA 39 %
+(28 % with unrelated vectors). Its vectors hardly spread in so few steps (cosine of unrelated
+sentences 0.90 against 0.01): beside the unmasking KoLeo's weight of 0.01 is a small part of what
+Adam follows.
 
 The arms, on the same pairs:
     sentence   squared distance of translations and KoLeo: vectors of sentences alone

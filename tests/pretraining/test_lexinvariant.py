@@ -355,19 +355,21 @@ def test_the_config_takes_each_share(p):
 
 def test_it_learns_to_repeat_symbols_it_has_never_had_vectors_for():
     """Periodic sequences of random symbols: on a, b, a, b, ... the right one stands far above the
-    31 others (chance: 0.03) once two periods and a half are known.
+    31 others (chance: 0.03) from the third period on.
     """
     symbols, length = 32, 24
-    # Without a matrix between vectors and blocks each state begins as the symbol it was read from.
+    # Without a matrix between vectors and blocks each state begins as the symbol it was read from;
+    # positions must be as large as these vectors, whose coordinates have a variance of 1.
     model = Transformer(
         ModelConfig(
             vocab_size=symbols,
             d_model=64,
             embedding_width=64,
             n_layers=2,
-            n_heads=4,
+            n_heads=1,
             max_positions=32,
-            logit_scale=3.0,
+            positions="learned",
+            init_scale=0.5,
         )
     )
     objective, rng = Lexinvariant(keep=()), np.random.default_rng(0)
@@ -387,7 +389,7 @@ def test_it_learns_to_repeat_symbols_it_has_never_had_vectors_for():
 
     found = np.asarray(probabilities(jax.random.split(KEY, 200)))
     right = found[:, np.arange(17), np.asarray(text)[0, 1:]]
-    assert right[:, 5:].mean(0).min() > 0.6
+    assert right[:, 3:].mean(0).min() > 0.9  # from the third period on
     # Symbols that never occurred share the rest equally, on average over tables only.
     rest = np.delete(found[:, 1], [3, 17], axis=1)
     assert (np.abs(rest.mean(0) / rest.mean() - 1) < 0.6).all()
