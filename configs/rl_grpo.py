@@ -16,7 +16,10 @@ def get_config(method: str = "dapo", seed: int = 0) -> ConfigDict:
     objective = dict(
         PRESETS[method],
         rewards=(dict(name="verifier", verifier=dict(name="exact_match")),),
-        rollouts=dict(group=16, minibatches=2, max_new_tokens=5),
+        rollouts=dict(group=16, minibatches=2, max_new_tokens=5, rows=512),
+        # Without it answers grow certain before they grow right, and groups of equal answers that
+        # are wrong teach nothing.
+        entropy_coef=0.005,
     )
     return ConfigDict(
         dict(
@@ -27,16 +30,16 @@ def get_config(method: str = "dapo", seed: int = 0) -> ConfigDict:
                 tokenizer=dict(name="bytes", add_eos=True),
                 train=[dict(source=task)],
                 evals=dict(held_out=dict(task, split="validation", examples=256)),
-                seq_len=16,
+                seq_len=12,
                 batch_size=256,
             ),
             stages=[
-                dict(objective=dict(name="sft"), share=0.0625),
-                dict(objective=objective, share=0.9375, rate=0.2),
+                dict(objective=dict(name="sft"), share=0.05),
+                dict(objective=objective, share=0.95, rate=0.2),
             ],
-            steps=3200,
+            steps=3000,
             optimizer=dict(name="adamw", peak_lr=1e-3, weight_decay=0.0),
-            schedule=dict(name="constant", warmup_steps=10),
+            schedule=dict(name="wsd", warmup_steps=10),
             evaluation=dict(every_steps=100, answers=dict(max_examples=256, max_new_tokens=5)),
             checkpoints=dict(every_steps=200),
             log_every=10,
