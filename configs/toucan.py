@@ -17,7 +17,15 @@ def get_config(boundaries: str = "learned", steps: int = 600) -> ConfigDict:
     return ConfigDict(
         dict(
             title=f"Toucan, boundaries: {boundaries}",
-            model=dict(d_model=128, n_layers=4, n_heads=4, max_positions=256),
+            model=dict(
+                d_model=128,
+                n_layers=4,
+                n_heads=4,
+                max_positions=256,
+                # The last stack reads a character's vector plus what the backbone says, whose
+                # numbers are about 1; the table's are 0.02 at the start.
+                embedding_scale=50.0,
+            ),
             data=dict(
                 tokenizer=dict(name="bytes"),
                 train=[dict(source=dict(name="stdlib", split="train"))],
