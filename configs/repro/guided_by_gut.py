@@ -19,6 +19,10 @@ Search, 16 rows a question (4 beams of 4 candidates), votes weighted by confiden
     best        that of the 16 samples which is most confident
     random      `search` with steps chosen at random, and the majority's vote (control)
     oracle      `search` with steps chosen by their correctness (ceiling)
+
+It did not reproduce, by two of six demands. Reward makes confidence trustworthy (AUROC 0.72 to
+0.99), but that for right answers alone does as well (0.99). The search answers 99 % right, against
+42 % without the reward and 97 % with steps at random, but the majority of 16 samples has 98 %.
 """
 
 from collections.abc import Callable, Mapping, Sequence
