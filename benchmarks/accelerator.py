@@ -5,9 +5,11 @@
 The model is a Llama of 1.0B parameters (width 2048, 16 layers, vocabulary 32,768) with fresh
 weights. Printed as JSON, one object a part:
     train   bfloat16 step with float32 master weights, AdamW, 16 rows of 2,048 tokens: share of the
-            matmul peak (MFU, of 6 operations a parameter and token plus attention), by kernel
-    decode  greedy, batch 1 and 8, weights in bfloat16 and int8: share of the memory bandwidth
-            (every weight and the cache read once a step)
+            matmul peak (MFU, of 6 operations a parameter and token plus attention), by kernel,
+            what is computed again, and whether a row is one document or two
+    decode  greedy, batch 1 and 8, weights in bfloat16 and int8, and in bfloat16 without the kernels
+            made for it: share of the memory bandwidth (every weight and the cache read once a step)
+            and of tokens equal to those of the first
     long    most memory in a gradient of the loss, by length of the row, over what parameters and
             gradients take
 Peak and bandwidth are those of a product of two 8192 x 8192 bfloat16 matrices (the median) and of a
@@ -111,9 +113,12 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     )
     on_gpu = jax.default_backend() == "gpu"
     found = {}
-    for kernel, remat in [("cudnn", "elementwise"), ("cudnn", "none"), ("dense", "block")]:
-        if kernel == "cudnn" and not on_gpu:
-            continue
+    halves = np.where(np.arange(length) < length // 2, 1, 2)
+    arms = [("cudnn", "elementwise", 1), ("cudnn", "elementwise", 2), ("cudnn", "block", 1)]
+    for kernel, remat, documents in arms if on_gpu else [("dense", "block", 1)]:
+        segments = np.ones(length, np.int32) if documents == 1 else halves
+        segments = jnp.asarray(np.tile(segments, (rows, 1)), jnp.int32)
+        batch = dataclasses.replace(batch, segment_ids=segments)
         config = _config(args.small, dtype="bfloat16", attention=kernel, remat=remat)
         model = Transformer(config)
         objective, optimizer = NextToken(), AdamW(weight_decay=0.1).build(config)
@@ -134,7 +139,9 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         parameters = sum(p.size for p in jax.tree.leaves(state.params))
         operations = 6 * (parameters + config.n_layers * length * config.d_model) * rows * length
         peak = _limits(args.small)["flops"]
-        found[f"{kernel}, remat={remat}"] = {
+        used = compiled.memory_analysis()
+        found[f"{kernel}, remat={remat}, documents in a row: {documents}"] = {
+            "temporary_GB": round(used.temp_size_in_bytes / 1e9, 1),
             "parameters": parameters,
             "compile_s": round(compile_seconds, 1),
             "step_s": round(seconds, 4),
@@ -152,6 +159,7 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from tokjax.decoding import Prompts, decode, prepare
+    from tokjax.decoding.predictors import ModelPredictor
     from tokjax.models import Transformer
     from tokjax.models.quantized import quantize
 
@@ -160,17 +168,21 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
     model = Transformer(config)
     params = jax.jit(model.init)(jax.random.key(0))
     found = {}
-    for name, given in (("bfloat16", params), ("int8", quantize(params))):
+    plain, general = ModelPredictor(model), ModelPredictor(model, kernels=False)
+    arms = {"bfloat16": (plain, params), "int8": (plain, quantize(params))}
+    arms["bfloat16, general pass"] = (general, params)
+    texts = {}
+    for name, (predictor, given) in arms.items():
         size = sum(p.nbytes for p in jax.tree.leaves(given))
-        weights = prepare(model, given)
+        weights = prepare(predictor, given)
         for batch in (1, 8):
             ids = np.random.default_rng(batch).integers(0, 256, (batch, prompt))
             prompts = Prompts(ids, np.full(batch, prompt))  # type: ignore[arg-type]
 
-            def run(n: int, weights=weights, prompts=prompts) -> Any:
-                return decode(model, weights, prompts, max_new_tokens=n).tokens
+            def run(n: int, predictor=predictor, weights=weights, prompts=prompts) -> Any:
+                return decode(predictor, weights, prompts, max_new_tokens=n).tokens
 
-            jax.block_until_ready((run(new), run(1)))
+            texts[name, batch], _ = jax.block_until_ready((run(new), run(1)))
             whole, first = (_median_seconds(lambda n=n: run(n), args.repeats) for n in (new, 1))
             step = (whole - first) / (new - 1)
             cache = batch * (prompt + new / 2) * config.n_layers * 2 * config.d_model * 2
@@ -182,6 +194,7 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
                 "first_token_ms": round(1e3 * first, 2),
                 "bandwidth_GB_per_s": round(bandwidth / 1e9),
                 "share_of_bandwidth": round((size + cache) / bandwidth / step, 3),
+                "same_tokens": float((texts[name, batch] == texts["bfloat16", batch]).mean()),
             }
     return found
 

@@ -22,6 +22,7 @@ FLAGS = {
     "topology": cli.FlagSpec("chips to compile for, such as v5e:16x16", str, required=True),
     "slices": cli.FlagSpec("slices of that shape, joined by the data centre's network", int, 1),
     "vocab_size": cli.FlagSpec("token ids; default the model's or the tokenizer's", int | None),
+    "training": cli.FlagSpec("whether the training step is compiled", bool, True),
     "decode_rows": cli.FlagSpec("texts decoded at once; 0 leaves decoding out", int, 0),
     "capacity": cli.FlagSpec("tokens of a decoded text; default data.seq_len", int | None),
     "json": cli.FlagSpec("file that the figures are also written to", str | None),
@@ -46,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
 
     there = topology(args["topology"], args["slices"])
     made = program(config, there, args["vocab_size"])
-    found = [training_estimate(made, there, stage) for stage in made.stages]
+    stages = made.stages if args["training"] else ()
+    found = [training_estimate(made, there, stage) for stage in stages]
     if args["decode_rows"]:
         capacity = args["capacity"] or config.data.seq_len
         found.append(decoding_estimate(made, there, args["decode_rows"], capacity))

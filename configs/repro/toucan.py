@@ -3,8 +3,8 @@
     python -m tokjax.reproduce toucan
 
 It did not reproduce, by one of seven demands. With words ends cost nothing (3.07 bits per character
-against 3.13) and 195 full passes serve 1,000 characters; what words tell is worth 0.02 bits. Learned
-groups grew to 156 characters, and there ends cost 13 %.
+against 3.13) and 195 full passes serve 1,000 characters; what words tell is worth 0.02 bits.
+Learned groups grew to 156 characters, and there ends cost 13 %.
 
 The arms, of equal size and on the same batches:
     base_words     stacks over characters, words and characters again, without ends: to generate,

@@ -100,5 +100,71 @@ def test_the_forms_in_which_tpu_programs_write_groups_and_loops():
     assert by_kind(found)["collective-permute"] == (30, 30 * 36 * 576 * 2)
 
 
+_BESIDE = """
+%begin (p: bf16[1,36]) -> (bf16[1,36], bf16[16,36]) {
+  %a = bf16[16,36]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,16]<=[16], dimensions={0}
+  ROOT %c = (bf16[1,36], bf16[16,36]) custom-call(%p, %a), custom_call_target="AsyncCollectiveStart"
+}
+
+%meanwhile (p: bf16[1,36]) -> (bf16[16,36], f32[4]) {
+  %a = bf16[16,36]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,16]<=[16], dimensions={0}
+  ROOT %t = (bf16[16,36], f32[4]) tuple(%a, %b)
+}
+
+%body (p: (s32[], bf16[1,36])) -> (s32[], bf16[1,36]) {
+  %k = f32[4]{0} custom-call(%p), custom_call_target="tpu_custom_call", metadata={
+"sizes":"{\\"block\\": 512}"
+}}, backend_config={}
+  %f = (bf16[16,36], f32[4]) fusion(%p), kind=kOutput, calls=%meanwhile
+  %r = f32[8]{0} all-reduce(%k), channel_id=8, replica_groups=[1,16]<=[16], to_apply=%add
+}
+
+ENTRY %main (p: s32[]) -> s32[] {
+  %s = (bf16[1,36], bf16[16,36]) fusion(%p), kind=kCustom, calls=%begin
+  %w = (s32[], bf16[1,36]) while(%t), condition=%cond, body=%body, \
+backend_config={"known_trip_count":{"n":"5"}}
+  %f = (bf16[16,36], f32[4]) fusion(%p), kind=kOutput, calls=%meanwhile
+}
+"""
+
+
+_UNROLLED = """
+%cond (p: (bf16[2,3], u32[])) -> pred[] {
+  %c = u32[]{:T(128)} constant(9), metadata={}
+  %g = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %lt = pred[] compare(%g, %c), direction=LT
+}
+
+%body (p: (bf16[2,3], u32[])) -> (bf16[2,3], u32[]) {
+  %one = u32[]{:T(128)} constant(1)
+  %two = u32[]{:T(128)} constant(2), metadata={}
+  %g = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %between = u32[]{:T(128)} add(%g, %one)
+  %next = u32[]{:T(128)S(6)} add(%g, %two), metadata={}
+  %r = bf16[2,3]{1,0} all-reduce(%x), channel_id=1, replica_groups=[4,8]<=[32], to_apply=%add
+  ROOT %t = (bf16[2,3], u32[]) tuple(%r, /*index=1*/%next)
+}
+
+ENTRY %main (p: bf16[2,3]) -> bf16[2,3] {
+  %w = (bf16[2,3], u32[]) while(%t), condition=%cond, body=%body, metadata={}
+}
+"""
+
+
+def test_a_loop_that_counts_in_twos_runs_half_as_often():
+    (found,) = collectives(_UNROLLED, 32)
+    assert found.times == 5
+    (found,) = collectives(_UNROLLED.replace("%next)", "%between)"), 32)
+    assert found.times == 9
+
+
+def test_a_gathering_beside_other_work_counts_once_and_kernels_hide_nothing():
+    found = collectives(_BESIDE, 16)
+    assert [(each.kind, each.size, each.times) for each in found] == [
+        ("all-gather", 16 * 36 * 2, 1),
+        ("all-reduce", 32, 5),
+    ]
+
+
 def test_a_group_of_one_moves_nothing():
     assert Collective("all-reduce", 100, 1, 1).moved == 0

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -56,6 +57,26 @@ def test_what_each_device_does_counts_for_all():
     spread = jax.shard_map(lambda a, b: a @ b, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"))
     a, b = jnp.ones((8, 5)), jnp.ones((5, 6))
     assert count(spread, a, b) == 2 * 8 * 5 * 6
+
+
+def test_a_kernel_counts_for_every_point_of_its_grid():
+    def kernel(a, b, out):
+        out[...] = a[...] @ b[...]
+
+    product = pl.pallas_call(
+        kernel,
+        grid=(2, 3),
+        in_specs=[
+            pl.BlockSpec((4, 5), lambda i, j: (i, 0)),
+            pl.BlockSpec((5, 6), lambda i, j: (0, j)),
+        ],
+        out_specs=pl.BlockSpec((4, 6), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((8, 18), jnp.float32),
+        interpret=True,
+    )
+    a, b = jnp.ones((7, 8, 5)), jnp.ones((5, 18))
+    assert count(product, a[0], b) == 2 * 8 * 5 * 18
+    assert count(jax.vmap(product, (0, None)), a, b) == 7 * 2 * 8 * 5 * 18
 
 
 def test_a_convolution_counts_its_kernel_for_every_output():

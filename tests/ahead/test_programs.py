@@ -88,6 +88,8 @@ def test_the_roofline_is_the_longest_of_three_and_leaving_a_slice_is_slow():
     assert found.seconds is not None
     assert found.seconds["computing"] == pytest.approx(0.5)
     assert found.seconds["memory"] == pytest.approx((8e9 + 8e9 + 8e9) / 8.19e11)
+    cached = estimate("x", _Compiled(), there, model_flops=flops, flops=flops, rewrites=False)
+    assert cached.traffic == 8e9 + 8e9  # the results lie where the arguments did
     inside, outside = 2 * 0.75 * 4e6 / 9e10, 2 * 0.5 * 4e6 / 6.25e9
     assert found.seconds["collectives"] == pytest.approx(inside + outside)
     assert found.bound == "computing"

@@ -329,11 +329,13 @@ def test_a_wrong_tfds_name_is_an_error_with_a_remedy(tmp_path, tiny_dataset, set
 
 def test_documents_pass_through_features_unchanged(tasks):
     from tokjax.data.sources import Document
+    from tokjax.data.thinking import Insertion
 
     documents = [
         Document("a:1", "0" * 16, "é\n"),
         Document("b", "f" * 16, "", None, ({"role": "user", "content": "x"},), 0.5, True),
         Document("c", "1" * 16, "abc", ((0, 1, 0.5), (1, 2, 2.0))),
+        Document("d", "2" * 16, "ab", ((0, 2, 1.0),), insertion=Insertion(("<T>",), 2, (1,))),
     ]
     for document in documents:
         features = tasks._to_features(document)
@@ -345,3 +347,4 @@ def test_documents_pass_through_features_unchanged(tasks):
             document.messages,
         )
         assert (back.key, back.end_weight) == (document.key, document.end_weight)
+        assert back.insertion == document.insertion

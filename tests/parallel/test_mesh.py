@@ -54,3 +54,13 @@ def test_a_mesh_of_some_of_the_devices():
     mesh = build_mesh(MeshConfig(tensor=2), jax.devices()[4:8])
     assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 2, "sequence": 1}
     assert {d.id for d in mesh.devices.flat} == {4, 5, 6, 7}
+
+
+def test_an_axis_may_take_part_of_a_torus_side(monkeypatch):
+    def make_mesh(*_, **__):
+        raise NotImplementedError("no subset of the sides has this product")
+
+    monkeypatch.setattr(jax, "make_mesh", make_mesh)
+    mesh = build_mesh(MeshConfig(data=-1, fsdp=2, tensor=2), jax.devices()[:8])
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}
+    assert len(set(mesh.devices.flat)) == 8

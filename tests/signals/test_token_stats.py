@@ -353,6 +353,20 @@ def test_a_mesh_gives_the_same_numbers_and_gradients(monkeypatch, mesh):
     )
 
 
+def test_the_heads_gradient_adds_up_over_devices_in_float32(monkeypatch):
+    small_tiles(monkeypatch)
+    rng = np.random.default_rng(0)
+    x, table = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((8, 4, 8), (80, 8)))
+    targets = jnp.asarray(rng.integers(0, 80, (8, 4)), jnp.int32)
+    gradient = jax.jit(jax.grad(lambda table, x, ids: token_stats(x, table, ids).nll.sum()))
+    alone = np.float32(gradient(table, x, targets))
+    with jax.set_mesh(build_mesh(MeshConfig(data=2, fsdp=4))):
+        shared = np.float32(gradient(table, x, targets))
+    assert (shared != alone).mean() < 0.01
+    rows = [gradient(table, x[i : i + 1], targets[i : i + 1]).astype(jnp.float32) for i in range(8)]
+    assert (np.float32(sum(rows).astype(jnp.bfloat16)) != alone).mean() > 0.05
+
+
 def test_bfloat16_inputs_under_strict_promotion(monkeypatch):
     small_tiles(monkeypatch)
     sides, targets, soft = case(jnp.bfloat16, **CAPPED)

@@ -169,6 +169,22 @@ def test_a_mesh_gives_the_same_value_and_gradients(mesh):
     close(jax.device_get(found), expected)
 
 
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_the_heads_gradient_adds_up_over_devices_in_float32(axis):
+    x, table, targets, weights = case(1, b=8, t=8, v=256, dtype=jnp.bfloat16)
+    args = x, table, targets, weights + 1.0
+    alone = np.asarray(graded(weighted_nll, 0.0)(*args)[1][1], np.float32)
+    with jax.set_mesh(build_mesh(MeshConfig(**{"data": 1, axis: 8}))):
+        shared = np.asarray(graded(weighted_nll, 0.0)(*args)[1][1], np.float32)
+    differ = lambda a: (a != alone).mean()  # noqa: E731
+    # Each rounds once, behind all sums; the order of the sums moves a number over an edge at most.
+    assert differ(shared) < 0.01
+    # Sums of what each device has rounded are elsewhere.
+    rows = [tuple(a if a is table else a[i : i + 1] for a in args) for i in range(8)]
+    apart = [graded(weighted_nll, 0.0)(*row)[1][1].astype(jnp.float32) for row in rows]
+    assert differ(np.asarray(sum(apart).astype(jnp.bfloat16), np.float32)) > 0.05
+
+
 def test_strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         graded(weighted_nll, 0.1)(*case(2, dtype=jnp.bfloat16))

@@ -21,6 +21,13 @@ _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_BEGUN = 'custom_call_target="AsyncCollectiveStart"'
+_ELEMENT = re.compile(r"[su]32\[\]\S* get-tuple-element\(.*\), index=(\d+)")
+_TUPLE = re.compile(r" tuple\((.*?)\)(?:,|$)")
+_NAME = re.compile(r"%([\w.-]+)")
+_ASSIGNED = re.compile(r"^\s*(?:ROOT )?%([\w.-]+) = (.*)$")
+_ADDED = re.compile(r"^[su]32\[\]\S* add\(%([\w.-]+), %([\w.-]+)\)")
 _LIMIT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
 
 
@@ -59,7 +66,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
         text: `compiled.as_text()`.
         devices: that the program runs on.
     """
-    bodies = dict(_computations(text))
+    bodies = _named_once(dict(_computations(text)))
     entry = next((name for name, (is_entry, _) in bodies.items() if is_entry), None)
     return [] if entry is None else list(_walk(bodies, entry, 1, devices))
 
@@ -69,11 +76,36 @@ def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
     for line in text.splitlines():
         if not line.startswith((" ", "}")) and line.endswith("{") and (head := _HEAD.match(line)):
             name, is_entry, lines = head.group(1), line.startswith("ENTRY"), []
-        elif line.startswith("}") and name:
+        elif line == "}" and name:  # the metadata of a kernel may begin a line with more of them
             yield name, (is_entry, lines)
             name = ""
         elif name:
             lines.append(line)
+
+
+def _named_once(bodies: dict) -> dict:
+    """Returns the computations without the repetitions of collectives that run beside other work.
+
+    Those are named in the fusion that begins them, in every one that runs meanwhile, loops
+    included, and in the one that ends them.
+    """
+    begin = {name for name, (_, lines) in bodies.items() if any(_BEGUN in line for line in lines)}
+    channels = {
+        _channel(line) for name in begin for line in bodies[name][1] if _OPERATION.match(line)
+    }
+
+    def repeated(name: str, line: str) -> bool:
+        return name not in begin and bool(_OPERATION.match(line)) and _channel(line) in channels
+
+    return {
+        name: (is_entry, [line for line in lines if not repeated(name, line)])
+        for name, (is_entry, lines) in bodies.items()
+    }
+
+
+def _channel(line: str) -> str | None:
+    found = _CHANNEL.search(line)
+    return None if found is None else found.group(1)
 
 
 def _walk(bodies: dict, name: str, times: int, devices: int) -> Iterator[Collective]:
@@ -82,7 +114,7 @@ def _walk(bodies: dict, name: str, times: int, devices: int) -> Iterator[Collect
             yield _collective(found, line, times, devices)
         elif (loop := _WHILE.search(line)) is not None:
             condition, body = loop.groups()
-            yield from _walk(bodies, body, times * _trips(bodies, line, condition), devices)
+            yield from _walk(bodies, body, times * _trips(bodies, line, condition, body), devices)
             continue
         called = _CALLED.findall(line)
         if (branches := _BRANCHES.search(line)) is not None:
@@ -91,13 +123,25 @@ def _walk(bodies: dict, name: str, times: int, devices: int) -> Iterator[Collect
             yield from _walk(bodies, each, times, devices)
 
 
-def _trips(bodies: dict, line: str, condition: str) -> int:
+def _trips(bodies: dict, line: str, condition: str, body: str) -> int:
     if (told := _TRIPS.search(line)) is not None:
         return int(told.group(1))
-    limits = [
-        int(n) for each in bodies.get(condition, (False, []))[1] for n in _LIMIT.findall(each)
-    ]
-    return max(limits, default=1)
+    tested = bodies.get(condition, (False, []))[1]
+    limit = max((int(n) for each in tested for n in _LIMIT.findall(each)), default=1)
+    return -(-limit // _stride(tested, bodies.get(body, (False, []))[1]))
+
+
+def _stride(tested: Sequence[str], lines: Sequence[str]) -> int:
+    """Returns what a loop adds to its counter in each turn; 1 where the text does not say it."""
+    places = [found[1] for each in tested if (found := _ELEMENT.search(each)) is not None]
+    result = next((each for each in lines if each.lstrip().startswith("ROOT ")), "")
+    if len(places) != 1 or (parts := _TUPLE.search(result)) is None:
+        return 1
+    values = {found[1]: found[2] for each in lines if (found := _ASSIGNED.match(each)) is not None}
+    names = _NAME.findall(parts[1])
+    added = _ADDED.search(values.get(names[int(places[0])], ""))
+    constants = (values.get(name, "") for name in (added.groups() if added else ()))
+    return next((int(found[1]) for each in constants if (found := _LIMIT.search(each))), 1)
 
 
 def _collective(found: re.Match, line: str, times: int, devices: int) -> Collective:

@@ -22,8 +22,8 @@ class Estimate:
         temporary: bytes beside them at the fullest moment.
         model_flops: operations of the model's formula, which MFU counts.
         flops: operations that are computed, those done again included.
-        traffic: least bytes between chip and memory: every argument read, every result written,
-            every temporary written and read, once.
+        traffic: least bytes between chip and memory: every argument read, every result written
+            (of a cache, none), every temporary written and read, once.
         sent: bytes sent, by kind of collective, with how often it runs.
         seconds: of computing, memory and collectives; None for chips without figures.
         fits: whether it fits; None where nobody knows the memory.
@@ -68,7 +68,13 @@ class Estimate:
 
 
 def estimate(
-    name: str, compiled: Any, topology: Topology, *, model_flops: float, flops: float
+    name: str,
+    compiled: Any,
+    topology: Topology,
+    *,
+    model_flops: float,
+    flops: float,
+    rewrites: bool = True,
 ) -> Estimate:
     """Returns what a compiled program needs and how fast it can be.
 
@@ -78,6 +84,8 @@ def estimate(
         topology: that it was compiled for.
         model_flops: operations of the formula, over all chips.
         flops: operations of the traced program, over all chips.
+        rewrites: whether results that take the place of arguments are written whole, as a state
+            is, or in a few places, as a cache is.
     """
     chips, chip = len(topology.devices), topology.chip
     memory = compiled.memory_analysis()
@@ -85,7 +93,8 @@ def estimate(
     results = float(memory.output_size_in_bytes - memory.alias_size_in_bytes)
     temporary = float(memory.temp_size_in_bytes + memory.generated_code_size_in_bytes) + results
     found = collectives(compiled.as_text(), chips)
-    traffic = arguments + float(memory.output_size_in_bytes) + 2 * memory.temp_size_in_bytes
+    written = float(memory.output_size_in_bytes) if rewrites else results
+    traffic = arguments + written + 2 * memory.temp_size_in_bytes
     seconds = None
     if chip is not None:
         per_slice = chips // topology.slices

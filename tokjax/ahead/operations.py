@@ -10,7 +10,8 @@ def operations(jaxpr: Any) -> float:
     """Returns the operations of all matrix products of a traced function, over all devices.
 
     Two for each product of numbers. A scan counts as often as it runs; of the branches of a
-    condition the costliest counts; a `while` loop, whose length nobody knows, counts once.
+    condition the costliest counts; a `while` loop, whose length nobody knows, counts once. A Pallas
+    kernel counts for every point of its grid, those included that it leaves out as it runs.
 
     Args:
         jaxpr: what `jax.make_jaxpr` returns, or one inside another.
@@ -35,6 +36,8 @@ def _of_equation(equation: Any) -> float:
     inner = sum(operations(each) for each in _inner(params))
     if name == "scan":
         return inner * params["length"]
+    if name == "pallas_call":
+        return inner * math.prod(params["grid_mapping"].grid)
     if name == "shard_map":  # its body is what one device does
         return inner * math.prod(dict(params["mesh"].shape).values())
     return inner

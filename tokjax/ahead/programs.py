@@ -142,6 +142,7 @@ def decoding_estimate(made: Program, topology: Topology, rows: int, capacity: in
         topology,
         model_flops=forward_flops(config, capacity) * rows,
         flops=operations(traced),
+        rewrites=False,
     )
 
 

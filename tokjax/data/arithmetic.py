@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from tokjax.config.schema import register
+from tokjax.data.thinking import Insertion, Thinking, insertion
 from tokjax.errors import ConfigError
 
 _TRIES = 50  # draws in a row that were all there before: then all are
@@ -26,6 +27,9 @@ class ArithmeticSource:
     operations: tuple[str, ...] = ("+",)  # some of + - *
     terms: int = 2  # numbers of a question; a*b is computed before a+b
     end: str = "="  # ends the question
+    # write down what is left after each operation but the last before the answer: "1+2*3=1+6=7"
+    rationale: bool = False
+    thinking: Thinking = Thinking()  # tokens that are read and never predicted
     seed: int = 0  # of the drawing
     split: Literal["train", "validation", "all"] = "train"  # questions are split by themselves
     validation_share: float = 0.1  # part of the questions that is held out, 0 to 1
@@ -45,6 +49,18 @@ class ArithmeticSource:
             raise ConfigError(
                 f"validation_share is {self.validation_share}; it must lie within 0 and 1"
             )
+        in_rationale = self.thinking.place in ("rationale", "all_words")
+        if self.thinking.used and in_rationale and not self.rationale:
+            raise ConfigError(f"thinking.place={self.thinking.place!r} needs rationale=True")
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A question, what is written down before its answer, and the answer."""
+
+    question: str
+    rationale: str
+    answer: str
 
 
 def problems(source: ArithmeticSource) -> Iterator[tuple[str, str]]:
@@ -52,6 +68,16 @@ def problems(source: ArithmeticSource) -> Iterator[tuple[str, str]]:
 
     >>> next(problems(ArithmeticSource(digits=(1, 1), seed=1)))
     ('4+5=', '9')
+    """
+    for found in solved(source):
+        yield found.question, found.answer
+
+
+def solved(source: ArithmeticSource) -> Iterator[Solved]:
+    """Yields questions with rationales and answers.
+
+    >>> next(solved(ArithmeticSource(digits=(1, 1), terms=3, seed=1)))
+    Solved(question='4+5+7=', rationale='9+7=', answer='16')
     """
     rng = np.random.default_rng(source.seed)
     seen: set[str] = set()
@@ -69,17 +95,34 @@ def problems(source: ArithmeticSource) -> Iterator[tuple[str, str]]:
             repeated += 1
             continue
         seen.add(text)
-        yield text + source.end, str(_value(numbers.tolist(), operations.tolist()))
+        *steps, answer = _steps(numbers.tolist(), operations.tolist())
+        rationale = "".join(step + source.end for step in steps)
+        yield Solved(text + source.end, rationale, answer)
 
 
-def _value(numbers: list[int], operations: list[str]) -> int:
-    total, product = 0, numbers[0]
-    for operation, number in zip(operations, numbers[1:], strict=True):
-        if operation == "*":
-            product *= number
-        else:
-            total, product = total + product, number if operation == "+" else -number
-    return total + product
+def text_of(source: ArithmeticSource, found: Solved) -> tuple[str, int, Insertion | None]:
+    """Returns a problem's text, where what counts begins, and its thinking tokens."""
+    text, start = found.question, len(found.question)
+    rationale = None
+    if source.rationale:
+        text += found.rationale
+        rationale = (start, len(text))
+    answer = len(text)
+    text += found.answer
+    return text, start, insertion(source.thinking, text, rationale, answer, found.rationale)
+
+
+def _steps(numbers: list[int], operations: list[str]) -> list[str]:
+    """Returns what is left after each operation, products first; the last is the answer."""
+    numbers, operations, found = list(numbers), list(operations), []
+    while operations:
+        at = operations.index("*") if "*" in operations else 0
+        a, b, operation = numbers[at], numbers[at + 1], operations.pop(at)
+        value = a * b if operation == "*" else a + b if operation == "+" else a - b
+        numbers[at : at + 2] = [value]
+        rest = zip(operations, numbers[1:], strict=True)
+        found.append(str(numbers[0]) + "".join(f"{op}{number}" for op, number in rest))
+    return found
 
 
 def _share(text: str) -> float:

@@ -6,11 +6,13 @@ from typing import Annotated, Any, Literal
 
 from tokjax.config import Choice, FrozenDict
 from tokjax.data.arithmetic import ArithmeticSource
+from tokjax.data.copying import CopySource
 from tokjax.data.sources import StdlibSource
 from tokjax.data.tokenizers import TokenizerConfig
 from tokjax.errors import ConfigError
 
-__all__ = ["ArithmeticSource", "DataConfig", "MixtureEntry"]  # importing a source offers it
+# Importing a source offers it.
+__all__ = ["ArithmeticSource", "CopySource", "DataConfig", "MixtureEntry"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from tokjax.data.rankings import Limits, Ranking, sequence_ids
 from tokjax.data.sources import Document, Problem
+from tokjax.data.thinking import inserted
 from tokjax.data.tokenizers import Tokenizer
 from tokjax.errors import DataError
 
@@ -160,6 +161,9 @@ class Encoder:
         weights = token_weights(len(document.text), document.weights or (), offsets)
         if document.by_token is not None:
             _set_by_token(weights, offsets, document.by_token)
+        if document.insertion is not None:
+            placed = inserted(self.tokenizer, ids, weights, offsets, document.insertion)
+            ids, weights = placed[0].tolist(), placed[1]
         return self._example(document, document.text, ids, weights)
 
     def _chat(self, document: Document) -> Example:

@@ -71,6 +71,9 @@ class Request:
         """
         tokenizer = build_tokenizer(self.tokenizer, self.cache)
         before, after = sequence_ends(self.tokenizer, tokenizer)
+        thinking = getattr(self.source, "thinking", None)
+        if thinking is not None:
+            thinking.check(tokenizer)
         template = getattr(self.source, "chat_template", None)
         return Encoder(tokenizer, tuple(before), tuple(after), self.max_tokens, template)
 

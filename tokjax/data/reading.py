@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from tokjax.data.arithmetic import ArithmeticSource, problems
+from tokjax.data.arithmetic import ArithmeticSource, solved, text_of
+from tokjax.data.copying import CopySource, copies
 from tokjax.data.files import expand_files, numbered_lines, read_bytes, unreadable
 from tokjax.data.records import BadRecord, to_document
 from tokjax.data.sources import (
@@ -33,6 +34,8 @@ def read(source: Any) -> Iterator[Document | Problem]:
         yield from _stdlib(source)
     elif isinstance(source, ArithmeticSource):
         yield from _arithmetic(source)
+    elif isinstance(source, CopySource):
+        yield from _copies(source)
     elif isinstance(source, TfdsSource):
         from tokjax.data.tfds_records import tfds_records
 
@@ -59,7 +62,15 @@ def _stdlib(source: StdlibSource) -> Iterator[Document]:
 
 
 def _arithmetic(source: ArithmeticSource) -> Iterator[Document]:
-    for question, answer in problems(source):
+    for found in solved(source):
+        text, start, placed = text_of(source, found)
+        key = make_key(namespace(source), found.question)
+        counted = ((start, len(text), 1.0),)
+        yield Document(found.question, key, text, weights=counted, insertion=placed)
+
+
+def _copies(source: CopySource) -> Iterator[Document]:
+    for question, answer in copies(source):
         answered = (len(question), len(question) + len(answer), 1.0)
         key = make_key(namespace(source), question)
         yield Document(question, key, question + answer, weights=(answered,))

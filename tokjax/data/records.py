@@ -9,6 +9,7 @@ from typing import Any
 
 from tokjax.data.rankings import Passage, Ranking, passage_text, query_text
 from tokjax.data.sources import Document, RecordSource, make_key, namespace
+from tokjax.data.thinking import insertion
 from tokjax.errors import DataError, nearest
 
 Weights = tuple[tuple[int, int, float], ...]
@@ -152,6 +153,27 @@ def _translation(record: Mapping[str, Any], source: RecordSource) -> tuple[Docum
     return Document("", "", first, translation=second), f"{first}\0{second}"
 
 
+def _reasoned(record: Mapping[str, Any], source: RecordSource) -> tuple[Document, Content]:
+    if source.rationale_end:
+        whole = _string(record, source.response)
+        rationale, mark, answer = whole.rpartition(source.rationale_end)
+        if not mark:
+            raise BadRecord(
+                f"field {source.response!r} has no {source.rationale_end!r}",
+                "it should stand between rationale and answer",
+            )
+        record = {**record, source.rationale: rationale, source.response: answer}
+    text, ranges = _joined(record, source)
+    given, start, stop = ranges.get("rationale"), *ranges["response"]
+    by_token = _by_token(record, source.weights, start, stop)
+    own = None if by_token else _weights(record, source.weights, start, stop)
+    weights = ((given[0] if given else start, stop, 1.0), *(own or ())[1:])
+    document = _weighted(text, weights, stop if start < stop else 0, by_token)
+    like = _string(record, source.rationale) if source.thinking.matched else ""
+    placed = insertion(source.thinking, text, given, start, like)
+    return dataclasses.replace(document, insertion=placed), text
+
+
 def check_passages(passages: Any, field: str) -> tuple[Passage, ...]:
     """Returns the passages of a record.
 
@@ -259,6 +281,7 @@ _READERS: Mapping[str, Callable[..., tuple[Document, Content]]] = {
     "preference": _preference,
     "ranking": _ranking,
     "translation": _translation,
+    "reasoned": _reasoned,
 }
 
 
@@ -272,17 +295,24 @@ def join(
       source: says how the two are joined.
       response: the field that the response is in; None: the source's.
     """
-    text, start, stop = "", 0, 0
+    text, ranges = _joined(record, source, response)
+    return text, *ranges["response"]
+
+
+def _joined(
+    record: Mapping[str, Any], source: RecordSource, response: str | None = None
+) -> tuple[str, dict[str, tuple[int, int]]]:
+    """Returns the text of a template, and where the value of each name lies in it."""
+    text, ranges = "", {}
     for before, name in source.pieces:
         text += before
         if name is None:
             continue
         field = response if name == "response" and response else source.field_of(name)
         value = _string(record, field)
-        if name == "response":
-            start, stop = len(text), len(text) + len(value)
+        ranges[name] = (len(text), len(text) + len(value))
         text += value
-    return text, start, stop
+    return text, ranges
 
 
 def check_messages(messages: Any, field: str) -> tuple[dict[str, Any], ...]:

@@ -13,10 +13,11 @@ from typing import Any, Literal, get_args
 
 from tokjax.config.schema import register, registered_name
 from tokjax.data.rankings import PASSAGE_TOKENS, QUERY_TOKENS, Limits, Ranking
+from tokjax.data.thinking import Insertion, Thinking
 from tokjax.errors import ConfigError
 
 RecordKind = Literal[
-    "text", "response", "messages", "rated", "preference", "ranking", "translation"
+    "text", "response", "messages", "rated", "preference", "ranking", "translation", "reasoned"
 ]
 StdlibPart = Literal["topics", "docstrings", "sources"]
 
@@ -38,6 +39,7 @@ class Document:
       by_token: (start, end, weights): a weight of each token that ends within these characters.
       ranking: a query with its passages, which are then all that counts; `text` is "".
       translation: of a pair of translations, the second text; `text` is the first.
+      insertion: thinking tokens that go into a text with weights.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Document:
     by_token: tuple[int, int, tuple[float, ...]] | None = None
     ranking: Ranking | None = None
     translation: str | None = None
+    insertion: Insertion | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ class RecordSource:
     # responses and assistant turns count); a prompt with a response that is good or bad (weights of
     # bad ones are negative); a prompt with a chosen and a rejected response (weights of the
     # rejected one are negative); a query with passages to be ranked; a text (the prompt) with its
-    # translation (the response), each a sequence of its own
+    # translation (the response), each a sequence of its own; a prompt with a rationale and a
+    # response (both count), perhaps with thinking tokens
     kind: RecordKind = "text"
     text: str = "text"  # kind text: field of the text
     prompt: str = "prompt"  # kinds with a prompt: field of the prompt
@@ -142,6 +146,11 @@ class RecordSource:
     # kinds with a prompt: how it is joined to a response; {prompt} and {response} are these two,
     # any other {name} is the field of that name
     template: str = "{prompt}{response}"
+    rationale: str = "rationale"  # kind reasoned: field that {rationale} in the template stands for
+    # kind reasoned: the last occurrence of this text in the response parts the rationale from the
+    # answer, and {rationale} and {response} stand for these; "": each has a field of its own
+    rationale_end: str = ""
+    thinking: Thinking = Thinking()  # kind reasoned: tokens that are read and never predicted
     messages: str = "messages"  # kind messages: field of the list of {"role", "content"}
     # chats: Jinja2 template, path of a .jinja file, or "chatml"; None: the tokenizer's own, else
     # chatml
@@ -162,12 +171,35 @@ class RecordSource:
             "preference": ("prompt", "chosen", "rejected"),
             "ranking": ("query", "passages"),
             "translation": ("prompt", "response"),
+            "reasoned": ("prompt", "rationale", "response"),
         }[self.kind]
         for field in used:
             if not getattr(self, field):
                 raise ConfigError(f"{field} is empty; name the field of the records to read")
         Limits(self.query_tokens, self.passage_tokens)
         parse_template(self.template)
+        self._check_reasoned()
+
+    def _check_reasoned(self) -> None:
+        if self.kind != "reasoned":
+            for name, used in (
+                ("thinking.count", self.thinking.used),
+                ("rationale_end", self.rationale_end),
+            ):
+                if used:
+                    raise ConfigError(f"{name} is for kind='reasoned', this is {self.kind!r}")
+            return
+        names = [name for _, name in self.pieces if name]
+        if "rationale" not in names:
+            if self.thinking.used and self.thinking.place in ("rationale", "all_words"):
+                raise ConfigError(
+                    f"thinking.place={self.thinking.place!r} needs {{rationale}} in the template "
+                    f"{self.template!r}"
+                )
+        elif names.count("rationale") > 1 or names[-2:] != ["rationale", "response"]:
+            raise ConfigError(
+                f"template {self.template!r} must end in {{rationale}}, once, and {{response}}"
+            )
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -184,6 +216,10 @@ class RecordSource:
             return (self.query, self.passages)
         if self.kind == "translation":
             return (self.prompt, self.response)
+        if self.kind == "reasoned":
+            split = {self.rationale} if self.rationale_end else set()
+            matched = (self.rationale,) if self.thinking.matched else ()
+            return tuple(f for f in (*self.template_fields, *matched) if f not in split)
         return self.template_fields
 
     @property
@@ -208,7 +244,10 @@ class RecordSource:
 
     def field_of(self, name: str) -> str:
         """Returns the field of the records that {name} in the template stands for."""
-        return {"prompt": self.prompt, "response": self.response}.get(name, name)
+        fields = {"prompt": self.prompt, "response": self.response}
+        if self.kind == "reasoned":
+            fields["rationale"] = self.rationale
+        return fields.get(name, name)
 
 
 @register("source", "jsonl")

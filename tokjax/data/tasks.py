@@ -31,6 +31,7 @@ from tokjax.data.sources import (
     split_label,
 )
 from tokjax.data.store_format import VALUES
+from tokjax.data.thinking import Insertion
 from tokjax.data.vocabularies import SeqioVocabulary
 from tokjax.errors import ConfigError, DataError, TokjaxError, nearest
 
@@ -198,6 +199,7 @@ def _facts(document: Document) -> dict[str, Any]:
         "rejected": rejected and {**_facts(rejected), "text": rejected.text},
         "ranking": document.ranking and dataclasses.asdict(document.ranking),
         "translation": document.translation,
+        "insertion": document.insertion and dataclasses.asdict(document.insertion),
     }
 
 
@@ -209,10 +211,11 @@ def _document(text: str, loaded: dict[str, Any]) -> Document:
     if loaded["rejected"] is not None:
         rejected = dict(loaded["rejected"])
         loaded["rejected"] = _document(rejected.pop("text"), rejected)
-    if loaded["ranking"] is not None:
-        facts = loaded["ranking"].items()
-        parts: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in facts}
-        loaded["ranking"] = Ranking(**parts)
+    kinds: dict[str, Callable[..., Any]] = {"ranking": Ranking, "insertion": Insertion}
+    for name, kind in kinds.items():
+        if loaded[name] is not None:
+            facts = loaded[name].items()
+            loaded[name] = kind(**{n: tuple(x) if isinstance(x, list) else x for n, x in facts})
     for name in ("weights", "messages"):
         if loaded[name] is not None:
             items = loaded[name]

@@ -4,10 +4,11 @@
 """
 
 import abc
+import copy
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -94,13 +95,41 @@ class Tokenizer(abc.ABC):
         }
         self._prefix = prefix
         self._strip: dict[int, tuple[bool, bool]] = {}
-        longest_first = sorted((t for t in self.special_tokens if t), key=len, reverse=True)
-        pattern = "|".join(map(re.escape, longest_first))
-        self._special_pattern = re.compile(pattern) if pattern else None
+        self._added: tuple[str, ...] = ()
+        self._special_pattern = _pattern(self.special_tokens)
         ids = json.dumps([self.kind, _FORMAT, self.bos_id, self.eos_id, self.pad_id]).encode()
         content = identity.encode() if isinstance(identity, str) else identity
         self.fingerprint = hashlib.sha256(ids + b"\n" + content).hexdigest()
         self.lossless, self.lossy_reason = True, ""
+
+    def with_added(self, texts: Sequence[str]) -> "Tokenizer":
+        """Returns this tokenizer with more special tokens, whose ids come behind all others.
+
+        All other ids stay as they are, and so does what every text is encoded to.
+
+        Raises:
+          ConfigError: a text is empty, occurs twice, or is a special token already.
+        """
+        for number, text in enumerate(texts):
+            if not text or text in self.special_tokens or text in texts[:number]:
+                raise ConfigError(
+                    f"tokenizer.added={list(texts)} must name new special tokens of {self.title}, "
+                    f"each once: {text!r} cannot be added"
+                )
+        if not texts:
+            return self
+        grown = copy.copy(self)
+        ids = {text: self.vocab_size + i for i, text in enumerate(texts)}
+        grown.special_tokens = {**self.special_tokens, **ids}
+        grown.vocab_size = self.vocab_size + len(texts)
+        grown._token_bytes = [*self._token_bytes, *[b""] * len(texts)]
+        grown._special_text = {i: text for text, i in grown.special_tokens.items()}
+        grown._special_pattern = _pattern(grown.special_tokens)
+        grown._added = (*self._added, *texts)
+        for text in texts:
+            told = json.dumps([grown.fingerprint, text]).encode()
+            grown.fingerprint = hashlib.sha256(told).hexdigest()
+        return grown
 
     @abc.abstractmethod
     def _encode_raw(self, texts: Sequence[str], prefix: bool) -> list[list[int]]:
@@ -245,6 +274,7 @@ class Tokenizer(abc.ABC):
             },
             "allow_lossy": self.allow_lossy,
             "chat_template": self.chat_template,
+            "added": list(self._added),
         }
         # Last: a folder with this file in it is complete.
         text = json.dumps(metadata, indent=2, ensure_ascii=False) + "\n"
@@ -267,6 +297,7 @@ class Tokenizer(abc.ABC):
                     "load it with the tokjax that saved it."
                 )
             tokenizer = _class_of(kind)._load(Path(directory), metadata)
+            tokenizer = tokenizer.with_added(metadata.get("added", ()))
         except OSError as error:
             raise DataError(f"no saved tokenizer in {directory}: {error}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -354,6 +385,13 @@ class Tokenizer(abc.ABC):
                 self.lossless = False
                 self.lossy_reason = f"{text!r} comes back as {restored!r}"
                 return
+
+
+def _pattern(special_tokens: Iterable[str]) -> re.Pattern[str] | None:
+    """Returns what finds special tokens in a text, the longest first."""
+    longest_first = sorted((t for t in special_tokens if t), key=len, reverse=True)
+    pattern = "|".join(map(re.escape, longest_first))
+    return re.compile(pattern) if pattern else None
 
 
 def special_id(special_tokens: Mapping[str, int], text: str | None, role: str) -> int | None:

@@ -45,6 +45,7 @@ class TokenizerConfig:
     bos: str | None = None  # text of the begin token where the files do not name one
     eos: str | None = None  # text of the end token where the files do not name one
     pad: str | None = None  # text of the filling token where the files do not name one
+    added: tuple[str, ...] = ()  # more special tokens, with ids behind all others
     add_bos: bool = True  # begin every sequence with the BOS id, if the tokenizer has one
     add_eos: bool = True  # end every sequence with the EOS id; the tokenizer must have one
     allow_lossy: bool = False  # encode also text that the tokenizer alters (normalises, drops)
@@ -97,6 +98,7 @@ def build_tokenizer(config: TokenizerConfig, cache_dir: Path) -> Tokenizer:
         tokenizer = cached_bpe(config.corpus, config.vocab_size, cache_dir)
     else:
         tokenizer = read_tokenizer(config)
+    tokenizer = tokenizer.with_added(config.added)
     sequence_ends(config, tokenizer)  # refuses an impossible add_eos now
     return tokenizer
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from tokjax import struct
+from tokjax.decoding import fused
 from tokjax.decoding.prompts import Prompts
 from tokjax.models import cache as kv
 from tokjax.models import parameters
@@ -84,9 +85,17 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class ModelPredictor:
-    """One model's own predictions; costs one forward pass a token."""
+    """One model's own predictions; costs one forward pass a token.
+
+    Attributes:
+        model: the model.
+        kernels: whether a token's pass is made of the kernels of `tokjax.models.decode_kernels`,
+            where the model is one that they know; None means on one NVIDIA GPU, in bfloat16.
+            (True runs them on any machine, which without a GPU is slow.)
+    """
 
     model: Transformer
+    kernels: bool | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -105,12 +114,20 @@ class ModelPredictor:
         prepared = parameters.unstack(params)
         if current_mesh_shape().get("tensor", 1) == 1:  # else their parts would lie anyhow
             prepared = parameters.fuse(prepared)
+        if self._wants_kernels:
+            return fused.prepare(self.model, prepared)
         if jax.default_backend() == "cpu" and _TRANSPOSED not in prepared:
             # One row times a table of [V, D] runs a tenth of a step slower than times [D, V]; the
             # barrier keeps the compiler from moving the transposition into the loop.
             head = self.model.head(params).table.T
             prepared[_TRANSPOSED] = jax.lax.optimization_barrier(head)
         return prepared
+
+    @property
+    def _wants_kernels(self) -> bool:
+        config = self.model.config
+        wanted = fused.pays(config) if self.kernels is None else self.kernels
+        return wanted and fused.supported(config)
 
     def init(self, prepared: Params, prompts: Prompts, capacity: int) -> tuple[Cache, StepOutput]:
         """Returns the filled cache and the logits behind each prompt's last token."""
@@ -128,6 +145,7 @@ class ModelPredictor:
         capture: Mapping[str, Callable | None] | None = None,
         edits: Edits | None = None,
         cache_dtype: Any = None,
+        embedded: Float[Array, "B P D"] | None = None,
     ) -> tuple[Cache, Output]:
         """Returns the cache filled with the prompts (lengths may be 0), and the pass's output.
 
@@ -142,8 +160,10 @@ class ModelPredictor:
             capture: sites to return besides, each with a function applied in its layer or None.
             edits: interventions in this pass.
             cache_dtype: of the cache; default the model's compute dtype.
+            embedded: what the blocks read in the place of the tokens' embeddings.
         """
-        embedded = self.model.embed(prepared, prompts.tokens)
+        if embedded is None:
+            embedded = self.model.embed(prepared, prompts.tokens)
         mixed = self.model.config.mixer is not None
         sites = dict.fromkeys(["k", "v", "resid_post"] if mixed else ["k", "v"])
         out = self.model.backbone(
@@ -167,6 +187,14 @@ class ModelPredictor:
         self, prepared: Params, state: Cache, tokens: Int[Array, "B"]
     ) -> tuple[Cache, StepOutput]:
         """Returns the cache with one more token a row, and the logits behind it."""
+        if self._wants_kernels and fused.is_prepared(prepared) and fused.fits(state):
+            interpret = jax.default_backend() != "gpu"
+            state, x, products = fused.step(
+                self.model, prepared, state, tokens, interpret=interpret
+            )
+            if products is None:
+                return state, StepOutput(self.logits(prepared, x[:, None])[:, 0])
+            return state, StepOutput(from_products(self.model.head(prepared), products))
         embedded = self.model.embed(prepared, tokens[:, None])
         out = self.model.backbone(prepared, embedded, memory=prepared.get("memory"), cache=state)
         assert out.cache is not None

@@ -24,7 +24,14 @@ from tokjax.finetuning.sft import loss_weights
 from tokjax.models.head import Head, logits, logits_vjp
 from tokjax.models.parameters import Params
 from tokjax.models.transformer import Transformer
-from tokjax.signals.vocabulary import chunk_size, flat, from_chunks, in_chunks, per_shard
+from tokjax.signals.vocabulary import (
+    chunk_size,
+    flat,
+    from_chunks,
+    in_chunks,
+    per_shard,
+    unflat,
+)
 from tokjax.training.objective import Aux, Loss, PerToken, WithoutState
 from tokjax.training.passes import forward, plain_nll
 
@@ -118,31 +125,29 @@ def rollout_loss(
     keys = jax.random.key_data(jax.random.split(key, targets.shape))
     kind = str(jax.random.key_impl(key))
 
-    def local(tokens, head):
-        leading = tokens[0].shape[:2]
-        x, *per_token = flat(tokens)
-        total, found = _summed((rule, kind), x, head, tuple(per_token))  # type: ignore[misc]
-        return total, jax.tree.map(lambda a: a.reshape(leading), found)
-
     weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
-    totals, found = per_shard(local, (x, targets, weights, keys), head)
-    return totals.sum(), jax.lax.stop_gradient(found)
+    total, found = _summed((rule, kind), x, head, (targets, weights, keys))  # type: ignore[misc]
+    return total, jax.lax.stop_gradient(found)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed(options, x, head, per_token):
-    def score(_, chunk):
+    def score(head, chunk):
         x, (targets, weights, keys) = chunk
         found, _ = position_losses(options[0], logits(head, x), targets, _wrapped(keys, options[1]))
         return None, (found, _weighted(weights, found.loss))
 
-    chunks, n = in_chunks((x, per_token), chunk_size(head.table.shape[0], x.shape[0]))
-    _, (found, values) = jax.lax.scan(score, None, chunks)
-    return values.sum()[None], from_chunks(found, n)
+    def local(tokens, head, _):
+        chunks, n = _chunks(head, flat(tokens))
+        _, (found, values) = jax.lax.scan(lambda _, chunk: score(head, chunk), None, chunks)
+        return (values.sum()[None], unflat(from_chunks(found, n), tokens)), ()
+
+    (totals, found), _ = per_shard(local, (x, per_token), head)
+    return totals.sum(), found
 
 
 def _forward(options, x, head, per_token):
-    def score(d_head, chunk):
+    def score(head, d_head, chunk):
         x, (targets, weights, keys) = chunk
         z = logits(head, x)
         found, d_z = position_losses(options[0], z, targets, _wrapped(keys, options[1]))
@@ -150,20 +155,28 @@ def _forward(options, x, head, per_token):
         d_head = jax.tree.map(jnp.add, d_head, d_part)
         return d_head, (found, _weighted(weights, found.loss), d_x.astype(x.dtype))
 
-    chunks, n = in_chunks((x, per_token), chunk_size(head.table.shape[0], x.shape[0]))
-    start = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head)
-    d_head, (found, values, d_x) = jax.lax.scan(score, start, chunks)
+    def local(tokens, head, summed):
+        chunks, n = _chunks(head, flat(tokens))
+        start = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head)
+        d_head, (found, values, d_x) = jax.lax.scan(partial(score, head), start, chunks)
+        return (values.sum()[None], unflat(from_chunks((found, d_x), n), tokens)), summed(d_head)
+
+    (totals, (found, d_x)), d_head = per_shard(local, (x, per_token), head)
     d_head = jax.tree.map(lambda d, a: d.astype(a.dtype), d_head, head)
-    return (values.sum()[None], from_chunks(found, n)), (from_chunks(d_x, n), d_head)
+    return (totals.sum(), found), (d_x, d_head)
 
 
 def _backward(options, gradients, cotangents):
-    scale = cotangents[0][0]
+    scale = cotangents[0]
     by = lambda a: (a.astype(jnp.float32) * scale).astype(a.dtype)  # noqa: E731
     return *jax.tree.map(by, gradients), None
 
 
 _summed.defvjp(_forward, _backward)
+
+
+def _chunks(head: Head, tokens: Any) -> tuple[Any, int]:
+    return in_chunks(tokens, chunk_size(head.table.shape[0], tokens[0].shape[0]))
 
 
 def _wrapped(keys: UInt32[Array, "n 2"], kind: str) -> jax.Array:

@@ -3,8 +3,8 @@
 `dense` can do everything (any mask, bias, probabilities, caches). `blockwise` walks over the rows
 of the batch and over blocks of queries, each against the keys it may see, so that a block stays in
 a CPU's cache and scores exist for one row at a time; it does attention of a sequence to itself
-within segments and windows. `cudnn` is NVIDIA's fused kernel through
-`jax.nn.dot_product_attention`.
+within segments and windows. `cudnn` is NVIDIA's fused kernel
+(`tokjax.models.cudnn_attention`), `splash` that of TPUs (`tokjax.models.splash`).
 """
 
 import functools
@@ -20,9 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tokjax.errors import ConfigError
 from tokjax.models.edits import Edits, suppressed
-from tokjax.parallel.rules import BATCH_AXES, current_mesh_shape
+from tokjax.parallel.rules import BATCH_AXES, current_mesh_shape, current_platform
 
 SAVED = "attention"  # name of what a rematerialised block keeps of attention
+LANES = 128  # of a TPU: its fused kernel takes rows of a multiple of them
+_LONG = 1024  # queries from which on `auto` takes that kernel; below, whole scores are small
 _EXCLUDED = -1e30  # finite, so that a row without any key gives numbers, not NaN
 
 
@@ -125,8 +127,10 @@ def _softmax(logits: jax.Array, mask: jax.Array, *, can_be_empty: bool) -> jax.A
     return jnp.where(mask, probabilities, 0.0) if can_be_empty else probabilities
 
 
-def choose_kernel(requested: str, *, plain: bool, softcap: bool, dtype, length: int) -> str:
-    """Returns the kernel to use.
+def choose_kernel(
+    requested: str, *, plain: bool, softcap: bool, dtype, length: int, window: Any = None
+) -> str:
+    """Returns the kernel to use: the requested one where it can do what is asked, else `dense`.
 
     Args:
         requested: `auto` or a kernel's name.
@@ -134,18 +138,24 @@ def choose_kernel(requested: str, *, plain: bool, softcap: bool, dtype, length: 
         softcap: scores are capped, which `cudnn` cannot do.
         dtype: of the queries.
         length: number of queries.
+        window: of the layer; an array where layers of a scan differ, which `splash` cannot do.
 
     Raises:
         ConfigError: the requested kernel cannot run here.
     """
-    platform = jax.default_backend()
+    platform = current_platform()
     if requested == "cudnn" and platform != "gpu":
         raise ConfigError(f"model.attention='cudnn' needs an NVIDIA GPU, this is {platform}")
     if requested == "cudnn" and softcap:
         raise ConfigError("model.attention='cudnn' cannot cap scores: use 'auto'")
+    if requested == "splash" and platform != "tpu":
+        raise ConfigError(f"model.attention='splash' needs a TPU, this is {platform}")
     # Only `dense` does everything; the others also need whole rows on each device.
     if not plain or current_mesh_shape().get("sequence", 1) > 1:
         return "dense"
+    splash = platform == "tpu" and length % LANES == 0 and not isinstance(window, jax.Array)
+    if requested == "splash" or (requested == "auto" and splash and length >= _LONG):
+        return "splash" if splash else "dense"
     if requested != "auto":
         return requested
     if platform == "gpu" and dtype == jnp.bfloat16 and not softcap:
@@ -170,6 +180,16 @@ def self_attention(
         if window is None:
             return _sharded(attend, q, k, v, filled)
         return _sharded(attend, q, k, v, filled, jnp.asarray(window, jnp.int32))
+    if kernel == "splash":
+        from tokjax.models.splash import splash_attention
+
+        filled = jnp.zeros((B, T), jnp.int32) if segments is None else segments
+        attend = functools.partial(splash_attention, window=window, scores=scores)
+        return _sharded(attend, q, k, v, filled)
+    if kernel == "cudnn":
+        from tokjax.models.cudnn_attention import cudnn_attention
+
+        return cudnn_attention(q, k, v, segments, window, scores)
     places = jnp.broadcast_to(jnp.arange(T), (B, T))
     mask = visible_keys(
         places,
@@ -179,10 +199,6 @@ def self_attention(
         query_segments=segments,
         key_segments=segments,
     )
-    if kernel == "cudnn":
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, scale=scores.scale, implementation="cudnn"
-        )
     return dense_attention(q, k, v, mask, scores)[0]
 
 

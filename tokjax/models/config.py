@@ -128,7 +128,7 @@ class ModelConfig:
     remat: Literal["none", "elementwise", "block"] = "elementwise"
     unroll: int = 1  # blocks per iteration of the training scan
     # kernel; auto chooses by platform and by what is asked of it
-    attention: Literal["auto", "dense", "blockwise", "cudnn"] = "auto"
+    attention: Literal["auto", "dense", "blockwise", "cudnn", "splash"] = "auto"
     family: str = "llama"  # model_type of the Hugging Face checkpoints it is saved as
     # a name of `tokjax.models.zoo`, or a Hugging Face config.json or its folder, whose values
     # become the defaults of the other keys

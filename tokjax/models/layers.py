@@ -18,6 +18,7 @@ from tokjax.models.lora import B as lora_b
 from tokjax.models.parameters import FUSED, NORMS, Parameter
 from tokjax.models.quantized import Int8Matrix
 from tokjax.models.rotary import Tables, rotate
+from tokjax.models.transposed import Transposed
 from tokjax.parallel.rules import current_mesh_shape
 
 Weights = Mapping[str, jax.Array]
@@ -83,6 +84,7 @@ class Context:
         index: which layer this is.
         bias: the model's own addition to attention scores, or None.
         memory: what cross-attention sees, or None.
+        visible: keys that each query may see, or None for all that the rest allows.
     """
 
     rotary: Tables | None
@@ -91,6 +93,7 @@ class Context:
     index: Any
     bias: Float[Array, "B H T S"] | None = None
     memory: Memory | None = None
+    visible: Bool[Array, "B T S"] | None = None
 
 
 class Part(nn.Module):
@@ -103,11 +106,18 @@ class Part(nn.Module):
     def __call__(self) -> dict[str, jax.Array]:
         """Returns the weights by name, ready to compute with."""
         param_dtype = jnp.dtype(self.config.param_dtype)
-        found = {
-            name: self.param(name, lambda key, p=p: p.initialise(key, param_dtype))
+        found: dict[str, Any] = {
+            name: self._transposed(name)
+            or self.param(name, lambda key, p=p: p.initialise(key, param_dtype))
             for name, p in self._table().items()
         }
         return ready(self.config, found)
+
+    def _transposed(self, name: str) -> Transposed | None:
+        """Returns a matrix that was transposed, whose shape is not the table's."""
+        there = self.has_variable("params", name)
+        value = self.get_variable("params", name) if there else None
+        return value if isinstance(value, Transposed) else None
 
     def _table(self) -> dict[str, Parameter]:
         """Returns the table of what there is: matrices may have been joined (`parameters.fuse`)."""
@@ -186,7 +196,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 def linear(w: Weights, name: str, x: Float[Array, "B T N"]) -> Float[Array, "B T M"]:
     """Returns x times the matrix `name`, plus its adapter and bias where the weights have them."""
     matrix = w[name]
-    y = matrix.after(x) if isinstance(matrix, Int8Matrix) else matmul(x, matrix)
+    y = matrix.after(x) if isinstance(matrix, Int8Matrix | Transposed) else matmul(x, matrix)
     if f"{name}{lora_a}" in w:
         y = y + matmul(matmul(x, w[f"{name}{lora_a}"]), w[f"{name}{lora_b}"])
     bias = w.get(f"{name}_bias")
@@ -241,6 +251,7 @@ def self_attention(
     plain = (
         cached is None
         and context.bias is None
+        and context.visible is None
         and not edits.attention_scores
         and not wants_probabilities
     )
@@ -250,6 +261,7 @@ def self_attention(
         softcap=scores.softcap is not None,
         dtype=q.dtype,
         length=T,
+        window=context.window,
     )
     buffers = None
     if plain and kernel != "dense":
@@ -267,6 +279,8 @@ def self_attention(
             query_segments=context.segments,
             key_segments=context.segments,
         )
+        if context.visible is not None:
+            mask = mask & context.visible[:, None]
         out, probabilities = attn.dense_attention(q, k, v, mask, scores, edits, context.bias)
         if wants_probabilities:
             site("attn_probs", probabilities)

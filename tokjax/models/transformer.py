@@ -218,6 +218,7 @@ class Transformer:
         *,
         positions: Int[Array, "B T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
+        visible: Bool[Array, "B T S"] | None = None,
         memory: Memory | None = None,
         cache: Cache | None = None,
         edits: Edits | None = None,
@@ -231,6 +232,9 @@ class Transformer:
             positions: of the tokens; default 0, 1, ... from each row's cached length.
             segments: tokens attend within their own segment only; default one segment a row. For
                 padded rows see `padding`.
+            visible: keys that each query may see, among those that the model and the segments let
+                it see; the batch axis may be 1. Beside a cache S counts its slots. Each query must
+                be left a key, such as its own.
             memory: what an encoder found, for models with cross-attention.
             cache: keys and values of earlier tokens; x continues each row from its length.
             edits: interventions; every leaf leads with the layer axis.
@@ -240,7 +244,7 @@ class Transformer:
         Raises:
             ValueError: an unknown site; a cache with segments, with stacked parameters or with
                 fewer slots than tokens; edits of another number of layers; more tokens than
-                learned positions.
+                learned positions; `visible` of another shape.
         """
         config, edits = self.config, edits or Edits()
         sites = SITES + CROSS_SITES if config.cross_attention else SITES
@@ -253,13 +257,15 @@ class Transformer:
             raise ValueError("a memory is for models with cross_attention, and they need one")
         B, T, _ = x.shape
         if cache is not None:
-            self._check_cache(params, cache, segments, T)
+            self._check_cache(params, cache, segments, T, visible is not None)
+        if visible is not None:
+            self._check_visible(visible, B, T, T if cache is None else cache.capacity)
         if positions is None:
             start = jnp.zeros((B, 1), jnp.int32) if cache is None else cache.lengths[:, None]
             positions = start + jnp.arange(T)
         x = self._enter(params, x, positions)
         bias = self._relative_bias(params, T, cache)
-        layers = _Layers(config, positions, segments, reduce, bias, memory)
+        layers = _Layers(config, positions, segments, reduce, bias, memory, visible)
         if isinstance(params["layers"], tuple):
             x, cache, captured = layers.unrolled(params["layers"], x, edits, cache)
         else:
@@ -270,13 +276,32 @@ class Transformer:
             x = x @ params["embedding_out"].astype(x.dtype)
         return Output(x, cache, captured)
 
-    def _check_cache(self, params: Params, cache: Cache, segments: Any, tokens: int) -> None:
+    def _check_visible(self, visible: Any, rows: int, queries: int, keys: int) -> None:
+        if visible.ndim != 3 or visible.shape[0] not in (1, rows):
+            raise ValueError(f"visible {visible.shape} must be [B, T, S] for {rows} rows")
+        if visible.shape[1:] != (queries, keys):
+            raise ValueError(
+                f"visible {visible.shape} must say of each of {queries} queries which of {keys} "
+                f"keys it sees"
+            )
+        if self.config.sliding_window is not None:
+            raise ValueError(
+                f"visible and sliding_window={self.config.sliding_window} cannot be combined: "
+                f"leave far keys out of visible instead"
+            )
+
+    def _check_cache(
+        self, params: Params, cache: Cache, segments: Any, tokens: int, masked: bool
+    ) -> None:
         if segments is not None:
             raise ValueError("a cached pass holds one sequence a row: give no segments")
         if not isinstance(params["layers"], tuple):
             raise ValueError("a cached pass needs unstacked parameters: parameters.unstack(params)")
-        if not self.config.causal:
-            raise ValueError("an encoder's tokens see each other: it cannot run beside a cache")
+        if not self.config.causal and not masked:
+            raise ValueError(
+                "an encoder's tokens see each other: beside a cache it needs visible, which says "
+                "which slots each of them sees"
+            )
         if cache.capacity < tokens:
             raise ValueError(
                 f"{tokens} tokens do not fit a cache of {cache.capacity} slots: grow it"
@@ -339,9 +364,10 @@ class _Layers:
         reduce: Mapping[str, Any],
         bias,
         memory: Memory | None,
+        visible,
     ):
         self.config, self.segments, self.reduce = config, segments, reduce
-        self.bias, self.memory = bias, memory
+        self.bias, self.memory, self.visible = bias, memory, visible
         self.module = Block(config, parent=None)
         self.tables: dict[bool, Tables | None] = {False: None, True: None}
         if config.positions == "rotary":
@@ -354,7 +380,7 @@ class _Layers:
         window = self.config.windows[layer]
         memory = None if self.memory is None else self.memory.of_layer(layer)
         rotary = self._rotary(window is not None)
-        return Context(rotary, self.segments, window, layer, self.bias, memory)
+        return Context(rotary, self.segments, window, layer, self.bias, memory, self.visible)
 
     def _rotary(self, local: bool):
         return self.tables[local and self.config.rope_local_theta is not None]
@@ -364,7 +390,7 @@ class _Layers:
         want, reduce = frozenset(self.reduce), self.reduce
 
         def run(weights, x, edits, cached, rotary, window, index, bias, memory):
-            given = Context(rotary, self.segments, window, index, bias, memory)
+            given = Context(rotary, self.segments, window, index, bias, memory, self.visible)
             out: Any = self.module.apply({"params": weights}, x, edits, cached, given, want)
             x, buffers, captured = out
             return x, buffers, {k: (reduce[k] or (lambda v: v))(v) for k, v in captured.items()}
@@ -403,7 +429,9 @@ class _Layers:
                     rotary = jax.tree.map(
                         lambda a, b: jnp.where(is_local, a, b), self.tables[True], rotary
                     )
-            context = Context(rotary, self.segments, window, index, self.bias, self.memory)
+            context = Context(
+                rotary, self.segments, window, index, self.bias, self.memory, self.visible
+            )
             # `None` stands for the cache, which a scanned pass does not have.
             x, _, captured = self.apply(weights, x, edit, None, context)
             return x, captured

@@ -69,7 +69,13 @@ def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh
     types = (AxisType.Auto,) * len(sizes)
     groups = _groups(config, devices)
     if groups == 1:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+        shape, names = tuple(sizes.values()), tuple(sizes)
+        try:
+            return jax.make_mesh(shape, names, axis_types=types, devices=devices)
+        except NotImplementedError:
+            # No sides of the torus multiply to an axis, as 32 of 16x16: it takes part of a side.
+            placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(placed, names, axis_types=types)
     if sizes[config.across] % groups:
         raise ConfigError(
             f"{groups} slices do not divide mesh axis {config.across}={sizes[config.across]}: make "
@@ -82,6 +88,7 @@ def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh
         tuple(outer.values()),
         devices,
         process_is_granule=_slice_count(devices) == 1,
+        allow_split_physical_axes=True,
     )
     return Mesh(placed, tuple(sizes), axis_types=types)
 

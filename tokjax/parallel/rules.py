@@ -81,6 +81,15 @@ def current_mesh_shape() -> dict[str, int]:
     return {} if mesh.empty else dict(mesh.shape)
 
 
+def current_platform() -> str:
+    """Returns what a program is written for: the platform of the mesh in force, else JAX's own.
+
+    They differ where a program is compiled ahead of time, for devices that are not there.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = RULES) -> jax.Array:
     """Returns `x`, laid out by its logical axes when a mesh of several devices is in force."""
     shape = current_mesh_shape()

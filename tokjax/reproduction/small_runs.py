@@ -39,6 +39,7 @@ def fitted(
     seed: int = 0,
     steps: int = 1,
     after_step: Callable[[int, Any], None] | None = None,
+    with_aux: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, dict[str, Float[np.ndarray, "N"]]]:
     """Returns the parameters behind a step on each batch, and the metrics of all steps.
 
@@ -53,12 +54,16 @@ def fitted(
         seed: of what the objective draws.
         steps: of the training, for objectives that change as it goes on.
         after_step: called with the number of steps done and the parameters.
+        with_aux: what becomes of the objective's initial state, such as another value of what is
+            swept there, which compiles nothing.
 
     Raises:
         ConfigError: a step's loss or gradient was not finite.
     """
     step = _step(model, objective, steps)
     state = _init(model, objective)(seed, params)
+    if with_aux is not None:
+        state = state.replace(aux=with_aux(state.aux))  # type: ignore[attr-defined]
     rate_of = rates if callable(rates) else lambda _: rates
     seen = []
     for number, batch in enumerate(batches):

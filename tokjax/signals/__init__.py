@@ -62,6 +62,7 @@ from tokjax.signals.representation import (
     spectrum,
     state_moments,
 )
+from tokjax.signals.sinks import SinkReport, SinkRules, activation_ratio, find_sinks
 from tokjax.signals.soft_targets import SoftTargets, label_smoothing
 from tokjax.signals.spans import (
     alignment_weights,
@@ -97,9 +98,12 @@ __all__ = [
     "Moments",
     "PairCosines",
     "RocCurve",
+    "SinkReport",
+    "SinkRules",
     "SoftTargets",
     "TokenStats",
     "TypeStats",
+    "activation_ratio",
     "alignment_weights",
     "attention_entropy",
     "attention_given",
@@ -115,6 +119,7 @@ __all__ = [
     "cosine",
     "cosine_to_bos",
     "effective_rank",
+    "find_sinks",
     "fpr_at_tpr",
     "fraction_count",
     "frequency_bias",

@@ -19,12 +19,15 @@ from tokjax.signals.logits_gradient import coefficients, divergence_terms, logit
 from tokjax.signals.soft_targets import Shared, soft_tile
 from tokjax.signals.vocabulary import (
     block_ids,
+    flat,
     fold_blocks,
     from_chunks,
     head_block,
     in_chunks,
     logits_tile,
+    per_shard,
     tile_size,
+    unflat,
 )
 
 PAIRED = ("kl", "reverse_kl", "jsd")
@@ -50,9 +53,9 @@ class Plan:
 
 @struct.dataclass
 class Side:
-    """One of the distributions: hidden states [N D], and the head that reads them."""
+    """One of the distributions: hidden states, and the head that reads them."""
 
-    x: Float[Array, "N D"]
+    x: Float[Array, "B T D"]
     head: Head
 
 
@@ -71,12 +74,12 @@ class Normaliser:
 def streamed_stats(
     plan: Plan, sides: tuple[Side, ...], per_token: Any, table: Shared | None
 ) -> dict[str, Any]:
-    """Returns the statistics by name, each [N, ...].
+    """Returns the statistics by name, each [B, T, ...].
 
     Args:
         plan: what to compute.
         sides: one distribution, or two to compare; differentiable.
-        per_token: (targets [N K] or None, soft targets without what they share or None).
+        per_token: (targets [B T K] or None, soft targets without what they share or None).
         table: what soft targets share, or None.
     """
     return _streamed_stats(plan, sides, per_token, table)  # type: ignore[return-value]
@@ -88,21 +91,26 @@ def _streamed_stats(plan, sides, per_token, table):
 
 
 def _forward(plan, sides, per_token, table):
+    def local(tokens, shared, _):
+        heads, table = shared
+        n, size = tile_size(heads[0].table.shape[0], tokens[0][0].shape[0] * tokens[0][0].shape[1])
+
+        def chunk(xs, targets, soft):
+            state = _describe(plan, heads[0], xs[0], targets, soft, table, size)
+            norms = [state.pop("norm")]
+            if plan.any(*PAIRED):
+                other = _describe(Plan(frozenset(), 0), heads[1], xs[1], None, None, None, size)
+                norms.append(other["norm"])
+            state |= _compare(plan, heads, xs, norms, state.get("target"), size)
+            return _statistics(plan, norms[0], state), state | {"norms": tuple(norms)}
+
+        chunks, total = in_chunks(flat(tokens), n)
+        _, found = jax.lax.scan(lambda _, c: (None, chunk(*c)), None, chunks)
+        return unflat(from_chunks(found, total), tokens), ()
+
     heads = tuple(side.head for side in sides)
-    n, size = tile_size(heads[0].table.shape[0], sides[0].x.shape[0])
-
-    def chunk(xs, targets, soft):
-        state = _describe(plan, heads[0], xs[0], targets, soft, table, size)
-        norms = [state.pop("norm")]
-        if plan.any(*PAIRED):
-            other = _describe(Plan(frozenset(), 0), heads[1], xs[1], None, None, None, size)
-            norms.append(other["norm"])
-        state |= _compare(plan, heads, xs, norms, state.get("target"), size)
-        return _statistics(plan, norms[0], state), state | {"norms": tuple(norms)}
-
-    chunks, total = in_chunks((tuple(side.x for side in sides), *per_token), n)
-    _, found = jax.lax.scan(lambda _, c: (None, chunk(*c)), None, chunks)
-    return from_chunks(found, total)
+    tokens = (tuple(side.x for side in sides), *per_token)
+    return per_shard(local, tokens, (heads, table))[0]
 
 
 def _describe(plan, head, x, targets, soft, table, size) -> dict[str, Any]:
@@ -248,16 +256,26 @@ def _backward(plan, saved, cotangents):
         for name, c in cotangents.items()
         if not isinstance(c, SymbolicZero) and jnp.issubdtype(c.dtype, jnp.floating)
     }
-    per_position = coefficients(given, found, state, per_token[0])
     heads = tuple(side.head for side in sides)
-    vocabulary = heads[0].table.shape[0]
-    n, size = tile_size(vocabulary, sides[0].x.shape[0])
     xs = tuple(side.x for side in sides)
-    per_chunk, total = in_chunks((xs, state["norms"], per_token[1], per_position), n)
+    tokens = (xs, given, found, state, per_token)
+    d_xs, d_heads = per_shard(_gradients, tokens, (heads, table))
+    d_sides = tuple(Side(d_x, d_head) for d_x, d_head in zip(d_xs, d_heads, strict=True))
+    return d_sides, None, None
+
+
+def _gradients(tokens, shared, summed):
+    """Returns the gradients of one device's states, and of the heads over all devices."""
+    heads, table = shared
+    xs, given, found, state, (targets, soft) = flat(tokens)
+    per_position = coefficients(given, found, state, targets)
+    vocabulary = heads[0].table.shape[0]
+    n, size = tile_size(vocabulary, xs[0].shape[0])
+    per_chunk, total = in_chunks((xs, state["norms"], soft, per_position), n)
 
     def block(carry, start):
         parts = [head_block(head, start, size) for head in heads]
-        zeros = [jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), part) for part in parts]
+        zeros = _zeros(parts)
 
         def chunk(d_parts, one):
             xs, norms, soft, c = one
@@ -274,22 +292,20 @@ def _backward(plan, saved, cotangents):
 
         d_parts, d_xs = jax.lax.scan(chunk, zeros, per_chunk)
         d_xs = jax.tree.map(jnp.add, carry[0], d_xs)
-        d_heads = tuple(
-            jax.tree.map(partial(_add_block, start=start, size=size), d_head, d_part)
-            for d_head, d_part in zip(carry[1], d_parts, strict=True)
-        )
-        return d_xs, d_heads
+        add = partial(_add_block, start=start, size=size)
+        # Over devices block by block: in float32, without a float32 copy of the whole head.
+        return d_xs, jax.tree.map(add, carry[1], tuple(summed(d_parts)))
 
-    start = (
-        jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), per_chunk[0]),
-        jax.tree.map(jnp.zeros_like, heads),
-    )
-    d_xs, d_heads = fold_blocks(block, start, vocabulary, size)
-    d_sides = tuple(
-        Side(d_x.astype(x.dtype), d_head)
-        for x, d_x, d_head in zip(xs, from_chunks(d_xs, total), d_heads, strict=True)
-    )
-    return d_sides, None, None
+    shapes = jax.eval_shape(lambda: summed(_zeros(heads)))
+    d_heads = jax.tree.map(lambda s, a: jnp.zeros(s.shape, a.dtype), shapes, heads)
+    d_xs = _zeros(per_chunk[0])
+    d_xs, d_heads = fold_blocks(block, (d_xs, d_heads), vocabulary, size)
+    d_xs = jax.tree.map(lambda d, x: d.astype(x.dtype), from_chunks(d_xs, total), xs)
+    return unflat(d_xs, tokens), d_heads
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), tree)
 
 
 def _add_block(whole, part, start, size):

@@ -12,7 +12,6 @@ from tokjax.errors import nearest
 from tokjax.models.head import Head, as_head
 from tokjax.signals.soft_targets import SoftTargets
 from tokjax.signals.streamed_stats import PAIRED, Plan, Side, streamed_stats
-from tokjax.signals.vocabulary import flat, per_shard
 
 OF_TARGETS = ("nll", "logprob", "rank")
 WANTED = (
@@ -118,17 +117,10 @@ def token_stats(
     of_tokens, rows = None, None
     if soft is not None and "cross_entropy" in want:
         of_tokens, rows = soft.split()
-    tokens = ([x for x, _ in sides], targets, of_tokens)
-    tokens = _where(mask, tokens)
-
-    def local(tokens, shared):
-        leading = tokens[0][0].shape[:2]
-        xs, *per_token = flat(tokens)
-        pair = tuple(Side(x, head) for x, head in zip(xs, shared[0], strict=True))
-        found = streamed_stats(Plan(frozenset(want), k), pair, tuple(per_token), shared[1])
-        return {name: a.reshape(*leading, *a.shape[1:]) for name, a in found.items()}
-
-    found = _where(mask, per_shard(local, tokens, ([head for _, head in sides], rows)))
+    xs, *per_token = _where(mask, ([x for x, _ in sides], targets, of_tokens))
+    pair = tuple(Side(x, head) for x, (_, head) in zip(xs, sides, strict=True))
+    found = streamed_stats(Plan(frozenset(want), k), pair, tuple(per_token), rows)
+    found = _where(mask, found)
     if one_target:
         found |= {name: found[name][..., 0] for name in OF_TARGETS if name in found}
     return TokenStats(**found)

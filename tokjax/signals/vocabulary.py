@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from tokjax.models.head import Head, logits
-from tokjax.parallel.rules import BATCH_AXES, current_mesh_shape
+from tokjax.parallel.rules import BATCH_AXES, current_mesh_shape, current_platform
 
 # A chunk's logits take 16 MB up to a vocabulary of 16,384: they stay in a CPU's last-level cache.
 # From there on 256 tokens, since smaller products would run below the matmul peak. (Half as many
@@ -29,14 +29,17 @@ _ACCELERATOR = 4  # times as many tokens and as many ids
 
 def chunk_size(vocabulary: int, tokens: int) -> int:
     """Returns how many tokens to score at a time against the whole vocabulary."""
-    return min(tokens, max(_CHUNK_TOKENS, _CHUNK_LOGITS // vocabulary))
+    # The whole gradient of the head is read and written once a chunk: longer ones hide that, and
+    # an accelerator has no cache that they would have to fit.
+    factor = 1 if current_platform() == "cpu" else _ACCELERATOR
+    return min(tokens, max(factor * _CHUNK_TOKENS, factor**2 * _CHUNK_LOGITS // vocabulary))
 
 
 def tile_size(vocabulary: int, tokens: int) -> tuple[int, int]:
     """Returns how many tokens, against how many token ids, to score at a time."""
     # Cutting a vocabulary that is split over devices would gather it.
     whole = vocabulary <= _UNCUT or current_mesh_shape().get("tensor", 1) > 1
-    factor = 1 if jax.default_backend() == "cpu" else _ACCELERATOR
+    factor = 1 if current_platform() == "cpu" else _ACCELERATOR
     ids = vocabulary if whole else min(vocabulary, factor * _BLOCK)
     most = max(_CHUNK_TOKENS, factor**2 * _TILE_LOGITS // ids)
     return math.ceil(tokens / math.ceil(tokens / most)), ids
@@ -62,6 +65,12 @@ def from_chunks(arrays: Any, n: int) -> Any:
 def flat(arrays: Any) -> Any:
     """Returns arrays [B, T, ...] as [B * T, ...]; axes behind may be empty."""
     return jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), arrays)
+
+
+def unflat(arrays: Any, like: Any) -> Any:
+    """Returns arrays [B * T, ...] as [B, T, ...], the axes with which the leaves of `like` lead."""
+    leading = jax.tree.leaves(like)[0].shape[:2]
+    return jax.tree.map(lambda a: a.reshape(*leading, *a.shape[1:]), arrays)
 
 
 def fold_blocks(step: Callable, carry: Any, vocabulary: int, size: int) -> Any:
@@ -102,12 +111,16 @@ def logits_tile(
 
 
 def per_shard(fn: Callable, tokens: Any, shared: Any) -> Any:
-    """Returns fn(tokens, shared), run by each device on its own rows and positions.
+    """Returns fn(tokens, shared, summed), run by each device on its own rows and positions.
 
     Without this, the compiler would sum the table's gradient over devices once per chunk instead
     of once per step. The leaves of `tokens` lead with the axes [B, T]; `shared` is the same on
-    every device. `fn` must return arrays that lead with [B, T] or, for sums, with a single axis
-    of length 1, of which each device contributes one entry.
+    every device. `fn` returns a pair: arrays that lead with [B, T] or, for sums, with a single
+    axis of length 1, of which each device contributes one entry; and a tree of arrays that
+    `summed`, given a float32 tree, has added up over the devices (`()` where there are none).
+
+    A gradient of `shared` is returned that way, by a custom derivative around this call. JAX's
+    own would add it up in the dtype of `shared`: in bfloat16 with a rounding for each device.
     """
     mesh = current_mesh_shape()
     shape = jax.tree.leaves(tokens)[0].shape
@@ -119,14 +132,35 @@ def per_shard(fn: Callable, tokens: Any, shared: Any) -> Any:
         columns = None
     manual = (*rows, *((columns,) if columns else ()))
     if not manual:
-        return fn(tokens, shared)
+        return fn(tokens, shared, lambda tree: tree)
+
+    def divided(leaf: Any) -> bool:
+        return "fsdp" in manual and leaf.ndim == 2 and leaf.shape[1] % mesh["fsdp"] == 0
+
+    def summed(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: _sum(leaf, manual, divided(leaf)), tree)
+
     spec = P(rows, columns)
-    out = jax.eval_shape(fn, tokens, shared)
-    out_specs = jax.tree.map(lambda a: P(manual) if a.shape == (1,) else spec, out)
+    found, sums = jax.eval_shape(lambda *args: fn(*args, lambda tree: tree), tokens, shared)
+    out_specs = (
+        jax.tree.map(lambda a: P(manual) if a.shape == (1,) else spec, found),
+        jax.tree.map(lambda a: P(None, "fsdp") if divided(a) else P(), sums),
+    )
     return jax.shard_map(
-        fn,
+        lambda tokens, shared: fn(tokens, shared, summed),
         in_specs=(spec, P()),
         out_specs=out_specs,
         axis_names=frozenset(manual),
         check_vma=False,
     )(tokens, shared)
+
+
+def _sum(leaf: Float[Array, "..."], axes: tuple[str, ...], divided: bool) -> Float[Array, "..."]:
+    """Returns the sum over devices; where it fits, each keeps its columns of it, as of parameters.
+
+    Where the compiler can scatter, that moves half as much as a whole sum for everybody.
+    """
+    if divided:
+        leaf = jax.lax.psum_scatter(leaf, "fsdp", scatter_dimension=1, tiled=True)
+        axes = tuple(axis for axis in axes if axis != "fsdp")
+    return jax.lax.psum(leaf, axes) if axes else leaf

@@ -9,7 +9,14 @@ from jaxtyping import Array, Float, Int
 
 from tokjax.models.head import Head, as_head, logits, logits_vjp
 from tokjax.signals.soft_targets import SoftTargets, at_ids, soft_tile
-from tokjax.signals.vocabulary import chunk_size, flat, from_chunks, in_chunks, per_shard
+from tokjax.signals.vocabulary import (
+    chunk_size,
+    flat,
+    from_chunks,
+    in_chunks,
+    per_shard,
+    unflat,
+)
 
 
 def weighted_nll(
@@ -54,20 +61,14 @@ def weighted_nll(
         soft.check(x.shape[:2], head.table.shape[0])
         soft_of_tokens, rows = soft.split()
 
-    def local(tokens, shared):
-        leading = tokens[0].shape[:2]
-        x, targets, weights, soft = flat(tokens)
-        total, nll = _weighted_nll(z_loss, x, shared[0], weights, (targets, soft), shared[1])  # type: ignore[misc]
-        return total, nll.reshape(*leading, nll.shape[-1])
-
-    tokens = (x, targets, weights.astype(jnp.float32), soft_of_tokens)
-    totals, nll = per_shard(local, tokens, (head, rows))
-    return totals.sum(), jax.lax.stop_gradient(nll)
+    tokens = (x, weights.astype(jnp.float32), (targets, soft_of_tokens))
+    total, nll = _weighted_nll(z_loss, *tokens[:2], head, tokens[2], rows)  # type: ignore[misc]
+    return total, jax.lax.stop_gradient(nll)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_nll(z_loss, x, head, weights, targets, rows):
-    def score(_, chunk):
+def _weighted_nll(z_loss, x, weights, head, targets, rows):
+    def score(head, rows, chunk):
         x, weights, (targets, soft) = chunk
         z = logits(head, x)
         lse = jax.nn.logsumexp(z, axis=-1)
@@ -75,15 +76,18 @@ def _weighted_nll(z_loss, x, head, weights, targets, rows):
         value, _ = _value(z_loss, weights, nll, lse, _soft_terms(soft, rows, z, lse))
         return None, (nll, value)
 
-    chunks, n = _chunks(head, x, weights, targets)
-    _, (nll, values) = jax.lax.scan(score, None, chunks)
-    return values.sum()[None], from_chunks(nll, n)
+    def local(tokens, shared, _):
+        head, rows = shared
+        chunks, n = _chunks(head, flat(tokens))
+        _, (nll, values) = jax.lax.scan(lambda _, chunk: score(head, rows, chunk), None, chunks)
+        return (values.sum()[None], unflat(from_chunks(nll, n), tokens)), ()
+
+    (totals, nll), _ = per_shard(local, (x, weights, targets), (head, rows))
+    return totals.sum(), nll
 
 
-def _forward(z_loss, x, head, weights, targets, rows):
-    ids = jnp.arange(head.table.shape[0])
-
-    def score(d_head, chunk):
+def _forward(z_loss, x, weights, head, targets, rows):
+    def score(head, rows, d_head, chunk):
         x, weights, (targets, soft) = chunk
         z = logits(head, x)
         largest = z.max(-1, keepdims=True)
@@ -94,7 +98,7 @@ def _forward(z_loss, x, head, weights, targets, rows):
         terms = _soft_terms(soft, rows, z, lse)
         value, mass = _value(z_loss, weights, nll, lse, terms)
         d_z = exponentials * ((mass * (1 + 2 * z_loss * lse)) / total[:, 0])[:, None]
-        d_z -= at_ids(targets, weights, ids)
+        d_z -= at_ids(targets, weights, jnp.arange(head.table.shape[0]))
         if terms is not None:
             d_z -= terms[0]
         d_x, d_part = logits_vjp(head, x, z, d_z)
@@ -102,16 +106,24 @@ def _forward(z_loss, x, head, weights, targets, rows):
         d_head = jax.tree.map(jnp.add, d_head, d_part)
         return d_head, (nll, value, d_x.astype(x.dtype), d_weights)
 
-    chunks, n = _chunks(head, x, weights, targets)
-    start = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head)
-    d_head, (nll, values, d_x, d_weights) = jax.lax.scan(score, start, chunks)
+    def local(tokens, shared, summed):
+        head, rows = shared
+        chunks, n = _chunks(head, flat(tokens))
+        start = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head)
+        step = partial(score, head, rows)
+        d_head, (nll, values, d_x, d_weights) = jax.lax.scan(step, start, chunks)
+        found = unflat(from_chunks((nll, d_x, d_weights), n), tokens)
+        return (values.sum()[None], found), summed(d_head)
+
+    tokens = (x, weights, targets)
+    (totals, (nll, d_x, d_weights)), d_head = per_shard(local, tokens, (head, rows))
+    # Rounded behind the sum over devices, not before.
     d_head = jax.tree.map(lambda d, a: d.astype(a.dtype), d_head, head)
-    nll, d_x, d_weights = from_chunks((nll, d_x, d_weights), n)
-    return (values.sum()[None], nll), (d_x, d_head, d_weights)
+    return (totals.sum(), nll), (d_x, d_weights, d_head)
 
 
 def _backward(z_loss, gradients, cotangents):
-    scale = cotangents[0][0]
+    scale = cotangents[0]
     by = lambda a: (a.astype(jnp.float32) * scale).astype(a.dtype)  # noqa: E731
     return *jax.tree.map(by, gradients), None, None
 
@@ -144,5 +156,5 @@ def _value(z_loss, weights, nll, lse, terms) -> Any:
     return value + z_loss * mass * jnp.square(lse) if z_loss else value, mass
 
 
-def _chunks(head, x, weights, targets):
-    return in_chunks((x, weights, targets), chunk_size(head.table.shape[0], x.shape[0]))
+def _chunks(head, tokens):
+    return in_chunks(tokens, chunk_size(head.table.shape[0], tokens[0].shape[0]))

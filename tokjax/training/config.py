@@ -22,12 +22,16 @@ from tokjax.parallel.mesh import MeshConfig
 from tokjax.preference import dpo, figa, kto
 from tokjax.pretraining import (
     class_balanced,
+    hdlm,
     lexinvariant,
     mae_lm,
     masked_lm,
     mexma,
     signal_processing_llm,
+    sink_decorrelation,
     syntactic_smoothing,
+    thinking_tokens,
+    tree_cross_attention,
     wavelet_gpt,
 )
 from tokjax.pretraining.next_token import NextToken
@@ -57,6 +61,7 @@ from tokjax.verifiers import ExactMatch
 METHODS = (
     *(masked_lm, syntactic_smoothing),
     *(mae_lm, mexma),
+    hdlm,
     *(sft, rft, q_tuning, dft, one_token_rollout, star_dss, cat_attention, tvm),
     *(dpo, figa, kto),
     *(policy, ppo, unir, spo, guided_by_gut, rlfr),
@@ -68,6 +73,9 @@ METHODS = (
     *(wavelet_gpt, signal_processing_llm),
     *(hat, toucan),
     *(lexinvariant, class_balanced),
+    sink_decorrelation,
+    tree_cross_attention,
+    thinking_tokens,
 )
 
 __all__ = ["METHODS", "NextToken", "Patch", "SampleConfig", "StageConfig", "TrainConfig"]

@@ -169,6 +169,7 @@ def adopt_tokenizer(initial: Initial, chosen: TokenizerConfig) -> TokenizerConfi
     return dataclasses.replace(
         found,
         **given,
+        added=(*found.added, *(text for text in chosen.added if text not in found.added)),
         add_bos=chosen.add_bos and found.add_bos,
         add_eos=chosen.add_eos,
         allow_lossy=chosen.allow_lossy,
