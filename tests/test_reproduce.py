@@ -432,6 +432,8 @@ def test_after_a_stop_no_further_arm_is_begun(tree_of_plans, tmp_path, capsys, m
         ([], "There are: .*patch_training"),
         (["patch_trainin"], "Did you mean 'patch_training'"),
         (["xar"], "no reproduction of 'xar'"),
+        (["patch_training", "xar"], "no reproduction of 'xar'"),
+        (["patch_training", "wavelet_gpt", "--workdir=x"], "one reproduction"),
         (["patch_training", "--list"], "not both"),
         (["patch_training", "--scale=small"], "scale"),
         (["patch_training", "--seeds=0,0"], "different numbers"),

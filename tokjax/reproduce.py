@@ -2,6 +2,7 @@
 
 python -m tokjax.reproduce patch_training
 python -m tokjax.reproduce patch_training --scale=smoke
+python -m tokjax.reproduce patch_training wavelet_gpt
 python -m tokjax.reproduce --family=pretraining
 python -m tokjax.reproduce --list
 
@@ -17,7 +18,7 @@ from typing import Any
 
 from tokjax import cli, methods
 from tokjax.errors import PREEMPTED_EXIT_CODE, ConfigError
-from tokjax.methods_table import Family
+from tokjax.methods_table import METHODS, Family
 from tokjax.reproduction.plan import PLANS, ROOT, Scale, load_plan, plan_files
 from tokjax.training.memory import keep_freed_memory
 
@@ -36,9 +37,9 @@ FLAGS = {
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code."""
-    args = cli.parse_args(argv, flags=FLAGS, needs_config=False, positionals=1)
+    args = cli.parse_args(argv, flags=FLAGS, needs_config=False, positionals=len(METHODS))
     if args.help:
-        print(cli.help_text("tokjax.reproduce SLUG", __doc__, FLAGS))
+        print(cli.help_text("tokjax.reproduce SLUG ...", __doc__, FLAGS))
         return 0
     slugs = _slugs(args)
     if args["list"]:
@@ -139,7 +140,12 @@ def _slugs(args: cli.Arguments) -> tuple[str, ...]:
     known = tuple(plan_files(PLANS))
     if args.positional and (args["family"] or args["list"]):
         raise ConfigError("name a method, or give --family or --list, not both")
+    if len(args.positional) > 1 and args["workdir"]:
+        raise ConfigError("--workdir is the folder of one reproduction; leave it out with several")
     if args.positional:
+        for slug in args.positional:  # a misspelt one is refused before the first runs for minutes
+            methods.find(slug)
+            load_plan(slug, args["scale"], PLANS)
         return args.positional
     if not args["family"] and not args["list"]:
         raise ConfigError(

@@ -6,7 +6,9 @@ Characters of Tiny Shakespeare, encoders of four layers. The effective rank of t
 real tokens is measured layer by layer on held-out text: for the masked language models with masks
 among the inputs, as they are trained, and for MAE-LM on whole texts.
 
-It has not been run at full scale yet.
+It did not reproduce, and could not: after 900 steps the masked LM restores characters (0.81 nats
+better than their frequencies) and MAE-LM still does not (0.02), so that the rank of its states (2,
+against 8) says nothing. Of the rest, the mask's rank does grow with depth (4.9 to 7.6).
 
 The arms:
     mlm      masked language model; every chosen character becomes the mask
