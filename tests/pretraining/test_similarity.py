@@ -6,6 +6,7 @@ import pytest
 from tokjax.errors import ConfigError
 from tokjax.pretraining import similarity as module
 from tokjax.pretraining.similarity import Similarity, profiles, similarities, smoothing_table
+from tokjax.signals import SoftTargets, weighted_nll
 
 C = jnp.array([[8, 2, 0], [4, 1, 0], [0, 5, 0], [0, 0, 7], [0, 0, 0]], jnp.float32)
 ALL = jnp.ones(5, bool)
@@ -72,6 +73,23 @@ def test_losses_are_the_known_ones():
     assert loss(target(0, 0.8, reference)) == pytest.approx(0.805456, abs=1e-6)
     assert loss(target(0, 0.8, Similarity())) == pytest.approx(0.723745, abs=1e-6)
     assert loss(target(0, 1.0, Similarity())) == pytest.approx(0.523744, abs=1e-6)
+
+
+@pytest.mark.parametrize(("normaliser", "mass"), [("exact", 1.0), ("reference", 0.986728)])
+def test_the_gradient_of_the_logits_is_the_mass_times_p_less_q(normaliser, mass):
+    q = target(0, 0.8, Similarity(temperature=0.5, normaliser=normaliser))
+    assert float(q.sum()) == pytest.approx(mass, abs=1e-6)
+    head, row = jnp.eye(5), SoftTargets(rows=q[None], row_ids=jnp.zeros((1, 1), jnp.int32))
+    none = jnp.zeros((1, 1, 1))
+
+    def loss(z):  # with the identity as head states are logits
+        return weighted_nll(z[None, None], head, none.astype(jnp.int32), none, soft=row)[0]
+
+    value, gradient = jax.value_and_grad(loss)(Z)
+    known = {"exact": 0.832924, "reference": 0.805456}[normaliser]
+    assert float(value) == pytest.approx(known, abs=1e-6)
+    np.testing.assert_allclose(gradient, q.sum() * jax.nn.softmax(Z) - q, atol=1e-6)
+    assert float(gradient.sum()) == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("normaliser", ["exact", "reference"])
