@@ -365,6 +365,26 @@ def test_failure_to_write_any_of_our_files_leaves_the_last_checkpoint(run, monke
     assert_same(restored.state, make_state(restored.step))
 
 
+def test_files_that_another_process_writes_beside_the_arrays_are_not_waited_for(
+    tmp_path, monkeypatch
+):
+    """Its checksums go through a temporary file, which is gone a moment later."""
+    passing = tmp_path / "saving-00000001" / "..share-1.1-1.tmp"
+    really = c.list_files
+
+    def list_files(directory):
+        passing.write_text("{}")
+        found = really(directory)
+        passing.unlink()
+        return found
+
+    monkeypatch.setattr(c, "list_files", list_files)
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(1), metadata={})
+        checkpoints.wait()
+        assert checkpoints.latest() == 1
+
+
 def test_directory_that_cannot_be_made_is_said_at_once_with_its_path(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file/checkpoints"):

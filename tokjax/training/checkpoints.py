@@ -388,8 +388,9 @@ class Checkpointer:
         if self._error is not None:
             self._abandon(step)
 
-    def _share(self, directory: Path) -> list[str]:
-        sizes = {n: s for n, s in list_files(directory).items() if not n.startswith(_SHARE)}
+    def _share(self, saving: Path) -> list[str]:
+        # Beside the arrays another process may be writing its checksums by now.
+        sizes = {f"{_STATE}/{name}": size for name, size in list_files(saving / _STATE).items()}
         return share(sizes, jax.process_index(), jax.process_count())
 
     def _join_records(self, saving: Path, records: dict[str, FileRecord]) -> dict[str, FileRecord]:
