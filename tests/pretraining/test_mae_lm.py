@@ -209,6 +209,28 @@ def test_a_decoder_without_layers_knows_nothing_of_the_text():
     np.testing.assert_array_equal(np.asarray(read(BATCH))[kept], np.asarray(read(other))[kept])
 
 
+@pytest.mark.parametrize("rotary", [False, True])
+def test_a_rotary_decoder_knows_distances_without_its_table_of_positions(rotary):
+    objective = dataclasses.replace(OBJECTIVE, decoder=StackConfig(1, rotary=rotary))
+    params = params_of(objective)
+    decoder = params["heads"]["decoder"]
+    decoder["positions"] = jnp.zeros_like(decoder["positions"])
+    row = batch_of(TOKENS[:1], SEGMENTS[:1])
+    states, hidden = jax.random.normal(KEY, (1, T, CONFIG.d_model)), jnp.asarray(HIDDEN[:1])
+    found = objective.decoded(MODEL, params, states, hidden, row)
+    mixed = jax.random.permutation(jax.random.key(5), T)
+    other = objective.decoded(MODEL, params, states[:, mixed], hidden[:, mixed], row)
+    np.testing.assert_equal(np.allclose(other, found[:, mixed], atol=1e-5), not rotary)
+    later = objective.decoded(
+        MODEL, params, *(jnp.roll(a, 2, 1) for a in (states, hidden)),
+        batch_of(np.roll(TOKENS[:1], 2, 1), np.array([[0] * 2 + [1] * (T - 2)])),
+    )  # fmt: skip
+    first = objective.decoded(
+        MODEL, params, states, hidden, batch_of(TOKENS[:1], np.array([[1] * (T - 2) + [0] * 2]))
+    )
+    np.testing.assert_allclose(later[:, 2:], first[:, :-2], atol=1e-5)
+
+
 def test_rows_without_a_token_to_hide_count_for_nothing(params):
     nothing = dataclasses.replace(OBJECTIVE, exempt=tuple(range(V)))
     found = jax.jit(lambda p: nothing.loss(MODEL, p, (), BATCH, KEY))(params)

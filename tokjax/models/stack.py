@@ -28,6 +28,7 @@ class StackConfig:
     n_heads: int | None = None  # heads of attention; None: as many as the model has
     # feed-forward width; None: the model's, or where the widths differ the usual multiple
     d_ff: int | None = None
+    rotary: bool = False  # whether its attention knows of distances, by rotary positions
 
     def __post_init__(self):
         if self.n_layers < 0:
@@ -52,7 +53,7 @@ class StackConfig:
             d_ff=self.d_ff if self.d_ff is not None or not same else model.ff_width,
             causal=False,
             cross_attention=False,
-            positions="none",
+            positions="rotary" if self.rotary else "none",
             sliding_window=None,
             window_pattern=(),
             first_attention_norm=True,
