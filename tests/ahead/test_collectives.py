@@ -100,6 +100,39 @@ def test_the_forms_in_which_tpu_programs_write_groups_and_loops():
     assert by_kind(found)["collective-permute"] == (30, 30 * 36 * 576 * 2)
 
 
+_SCATTERED = """
+%all-reduce-scatter.clone.1 (p: bf16[576,192]) -> bf16[144,192] {
+  %r = bf16[576,192]{1,0} all-reduce(%p), channel_id=33, \
+replica_groups={{0,1,2,3},{4,5,6,7},{8,9,10,11},{12,13,14,15}}, to_apply=%add
+  ROOT %d = bf16[144,192]{1,0} dynamic-slice(%r, %n, %c), dynamic_slice_sizes={144,192}
+}
+
+ENTRY %main (p: bf16[576,192]) -> bf16[144,192] {
+  %f = bf16[144,192]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.clone.1
+  %r = bf16[144,192]{1,0} all-reduce(%f), channel_id=34, \
+replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=4], device_ids=([4,4]T(1,0)) {'axis_2'}, \
+to_apply=%add
+  ROOT %g = bf16[576,192]{1,0} all-gather(%r), channel_id=35, \
+replica_groups=mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_0'}, dimensions={1}
+}
+"""
+
+
+def test_a_sum_of_which_each_device_keeps_its_slice_is_scattered():
+    found = collectives(_SCATTERED, 16)
+    assert [(each.kind, each.size, each.groups) for each in found] == [
+        ("reduce-scatter", 576 * 192 * 2, (0, 1, 2, 3)),
+        ("all-reduce", 144 * 192 * 2, (0, 4, 8, 12)),
+        ("all-gather", 576 * 192 * 2, (0, 1, 2, 3)),
+    ]
+    assert found[0].moved == found[2].moved == 0.75 * 576 * 192 * 2
+
+
+def test_groups_written_in_an_unknown_way_are_not_guessed():
+    with pytest.raises(ValueError, match=r"unknown way: %r = .*sixteen"):
+        collectives(_SCATTERED.replace("{{0,1,2,3},{4,5,6,7}", "{{sixteen}"), 16)
+
+
 _BESIDE = """
 %begin (p: bf16[1,36]) -> (bf16[1,36], bf16[16,36]) {
   %a = bf16[16,36]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,16]<=[16], dimensions={0}

@@ -18,10 +18,15 @@ _CALLED = re.compile(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _OPERATION = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
-_IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
+_ORDER = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # of devices: an array of them, and a transposition
+_IOTA = re.compile(rf"replica_groups=\[\d+,(\d+)\]<={_ORDER}")
+_MESH = re.compile(
+    rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_ORDER}\))? ?\{{([^}}]*)\}}"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+# What compilers for TPUs call a fusion that sums over devices and leaves each its slice of the sum.
+_SCATTERING = "all-reduce-scatter"
 _BEGUN = 'custom_call_target="AsyncCollectiveStart"'
 _ELEMENT = re.compile(r"[su]32\[\]\S* get-tuple-element\(.*\), index=(\d+)")
 _TUPLE = re.compile(r" tuple\((.*?)\)(?:,|$)")
@@ -111,7 +116,7 @@ def _channel(line: str) -> str | None:
 def _walk(bodies: dict, name: str, times: int, devices: int) -> Iterator[Collective]:
     for line in bodies.get(name, (False, []))[1]:
         if (found := _OPERATION.match(line)) is not None:
-            yield _collective(found, line, times, devices)
+            yield _collective(found, line, times, devices, name.startswith(_SCATTERING))
         elif (loop := _WHILE.search(line)) is not None:
             condition, body = loop.groups()
             yield from _walk(bodies, body, times * _trips(bodies, line, condition, body), devices)
@@ -144,7 +149,9 @@ def _stride(tested: Sequence[str], lines: Sequence[str]) -> int:
     return next((int(found[1]) for each in constants if (found := _LIMIT.search(each))), 1)
 
 
-def _collective(found: re.Match, line: str, times: int, devices: int) -> Collective:
+def _collective(
+    found: re.Match, line: str, times: int, devices: int, scattering: bool
+) -> Collective:
     shapes, kind, started = found.groups()
     sizes = [_size(*each) for each in _ARRAY.findall(shapes) if each[0] in _BYTES]
     if started and kind in ("all-gather", "collective-permute"):
@@ -153,6 +160,7 @@ def _collective(found: re.Match, line: str, times: int, devices: int) -> Collect
     members = _group(line, devices)
     group = len(members)
     size = sum(sizes) * (group if kind == "reduce-scatter" else 1)
+    kind = "reduce-scatter" if scattering and kind == "all-reduce" else kind
     return Collective(kind, size, group, times, members)
 
 
@@ -173,21 +181,24 @@ def _group(line: str, devices: int) -> tuple[int, ...]:
         return tuple(map(int, pairs.groups()))
     if (iota := _IOTA.search(line)) is not None:
         count, dims, order = iota.groups()
-        ids = _numbered([int(n) for n in dims.split(",")])
-        if order:
-            ids = ids.transpose([int(n) for n in order.split(",")])
-        return tuple(ids.reshape(-1)[: int(count)].tolist())
+        return tuple(_numbered(dims, order)[: int(count)].tolist())
     if (mesh := _MESH.search(line)) is not None:
-        sizes = {axis: int(n) for axis, n in re.findall(r"'?(\w+)'?=(\d+)", mesh.group(1))}
-        within = re.findall(r"'?(\w+)'?", mesh.group(2))
+        axes, dims, order, groups = mesh.groups()
+        sizes = {axis: int(n) for axis, n in re.findall(r"'?(\w+)'?=(\d+)", axes)}
+        within = re.findall(r"'?(\w+)'?", groups)
         first = tuple(slice(None) if axis in within else 0 for axis in sizes)
-        return tuple(_numbered(list(sizes.values()))[first].reshape(-1).tolist())
+        ids = _numbered(dims or str(math.prod(sizes.values())), order)
+        return tuple(ids.reshape(list(sizes.values()))[first].reshape(-1).tolist())
+    if "replica_groups=" in line:
+        raise ValueError(f"a collective's groups are written in an unknown way: {line.strip()}")
     return tuple(range(devices))
 
 
-def _numbered(sizes: Sequence[int]) -> np.ndarray:
-    """Returns the numbers of devices in an array of these sizes, the last axis fastest."""
-    return np.arange(math.prod(sizes)).reshape(sizes)
+def _numbered(dims: str, order: str | None) -> np.ndarray:
+    """Returns all devices in the order in which an array of them is read after a transposition."""
+    sizes = [int(n) for n in dims.split(",")]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return (ids.transpose([int(n) for n in order.split(",")]) if order else ids).reshape(-1)
 
 
 def by_kind(found: Sequence[Collective]) -> dict[str, tuple[int, float]]:
