@@ -23,17 +23,14 @@ import itertools
 import math
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tokjax import cli
+from tokjax.commands import Command, run_commands
 from tokjax.errors import PREEMPTED_EXIT_CODE, ConfigError
 from tokjax.files import write_atomically
 from tokjax.training.run_facts import read_run
@@ -155,43 +152,15 @@ def _text(value: Any) -> str:
 def run_points(
     points: Sequence[Point], command: Callable[[Point], list[str]], jobs: int
 ) -> dict[Path, int]:
-    """Runs points, `jobs` at once; returns the exit code of each. Says how it goes.
+    """Runs points, `jobs` at once, which says how it goes; returns the exit code of each."""
+    by_log = {point.workdir / "log.txt": point for point in points}
 
-    A SIGTERM or Ctrl-C is passed on to the runs, which save; no other point is begun.
-    """
-    running: set[subprocess.Popen] = set()
-    stopped: list[int] = []
+    def outcome(done: Command) -> str:
+        metrics = by_log[done.log].metrics
+        return ", ".join(f"{k} {v:.4g}" for k, v in list(metrics.items())[:3])
 
-    def stop(number: int, frame: Any) -> None:
-        stopped.append(number)
-        for process in list(running):
-            process.send_signal(signal.SIGTERM)
-
-    def run(numbered: tuple[int, Point]) -> int:
-        number, point = numbered
-        if stopped:
-            return PREEMPTED_EXIT_CODE
-        point.workdir.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
-        print(f"[{number}/{len(points)}] {point.workdir.name}: begins", flush=True)
-        with open(point.workdir / "log.txt", "ab") as log:
-            process = subprocess.Popen(command(point), stdout=log, stderr=subprocess.STDOUT)
-            running.add(process)
-            code = process.wait()
-            running.discard(process)
-        shown = ", ".join(f"{k} {v:.4g}" for k, v in list(point.metrics.items())[:3])
-        how = shown if code == 0 else f"exit code {code}, see {point.workdir / 'log.txt'}"
-        took = time.monotonic() - began
-        print(f"[{number}/{len(points)}] {point.workdir.name}: {took:.0f} s, {how}", flush=True)
-        return code
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with ThreadPoolExecutor(jobs) as pool:
-            codes = list(pool.map(run, enumerate(points, 1)))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    commands = [Command(p.workdir.name, command(p), log) for log, p in by_log.items()]
+    codes = run_commands(commands, jobs, outcome)
     return {point.workdir: code for point, code in zip(points, codes, strict=True)}
 
 
@@ -243,7 +212,7 @@ def _plot(points: Sequence[Point], keys: Sequence[str], metric: str, path: Path)
     swept = [k for k in keys if len({_text(p.overrides.get(k)) for p in points}) > 1] or keys[:1]
     figure, axes = plt.subplots(1, len(swept), figsize=(4 * len(swept), 3.2), squeeze=False)
     for axis, key in zip(axes[0], swept, strict=True):
-        values = [p.overrides.get(key) for p in points]
+        values: list[Any] = [p.overrides.get(key) for p in points]
         numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
         labels = values if numeric else [_text(v) for v in values]
         axis.plot(labels, [p.metrics[metric] for p in points], "o", alpha=0.7)

@@ -14,7 +14,7 @@ import pytest
 
 from tokjax import methods, reproduce
 from tokjax.config import resolve
-from tokjax.errors import ConfigError, DataError
+from tokjax.errors import PREEMPTED_EXIT_CODE, ConfigError, DataError
 from tokjax.reproduction import (
     Arm,
     ArmResult,
@@ -365,6 +365,34 @@ def tree_of_plans(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "RECORDS", records)
     monkeypatch.setattr(reproduce, "load_plan", lambda slug, scale="full", folder=None: plan)
     return records
+
+
+def test_several_at_once_are_processes_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    codes, seen = [0, 0], []
+
+    def run_commands(commands, jobs, outcome):
+        seen.append((jobs, [command.words[3:] for command in commands]))
+        for command in commands:
+            command.log.parent.mkdir(parents=True, exist_ok=True)
+            command.log.write_text("reproduced\nmore\ndid not reproduce\nrecord: x\n")
+        said = [outcome(command) for command in commands]
+        assert said == ["did not reproduce"] * 2
+        return codes
+
+    monkeypatch.setattr(reproduce, "run_commands", run_commands)
+    words = ["layercake", "sh2", "--jobs=2", "--scale=smoke", "--seeds=1"]
+    assert reproduce.main(words) == 0
+    own = ["--scale=smoke", "--seeds=1"]
+    assert seen == [(2, [["tokjax.reproduce", s, *own] for s in ("layercake", "sh2")])]
+    assert (tmp_path / "runs/reproduce/sh2-smoke/log.txt").exists()
+    codes[:] = [PREEMPTED_EXIT_CODE, 0]
+    assert reproduce.main(words) == PREEMPTED_EXIT_CODE
+    assert "the same command continues" in capsys.readouterr().out
+    codes[:] = [PREEMPTED_EXIT_CODE, 3]
+    assert reproduce.main(words) == 3, "a failure is told before a stop"
+    with pytest.raises(ConfigError, match="--jobs=0 must be at least 1"):
+        reproduce.main(["layercake", "--jobs=0"])
 
 
 def test_the_command_line_records_a_verdict(tree_of_plans, tmp_path, monkeypatch, capsys):

@@ -3,26 +3,30 @@
 python -m tokjax.reproduce patch_training
 python -m tokjax.reproduce patch_training --scale=smoke
 python -m tokjax.reproduce patch_training wavelet_gpt
-python -m tokjax.reproduce --family=pretraining
+python -m tokjax.reproduce --family=pretraining --jobs=2
 python -m tokjax.reproduce --list
 
 Runs that are finished are not run again, and one that was stopped continues. The record goes to
-docs/reproductions. Exit codes: see `tokjax.errors`; a claim that does not come out is a result and
-ends with 0.
+docs/reproductions. With `--jobs` several run at once, each with its output in log.txt of its
+folder, and one that fails does not keep the others. Exit codes: see `tokjax.errors`; a claim that
+does not come out is a result and ends with 0.
 """
 
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tokjax import cli, methods
+from tokjax.commands import Command, run_commands
 from tokjax.errors import PREEMPTED_EXIT_CODE, ConfigError
-from tokjax.methods_table import METHODS, Family
+from tokjax.methods_table import METHODS, Family, State
 from tokjax.reproduction.plan import PLANS, ROOT, Scale, load_plan, plan_files
 from tokjax.training.memory import keep_freed_memory
 
 RECORDS = ROOT / "docs" / "reproductions"
+VERDICTS: tuple[State, ...] = ("reproduced", "did not reproduce")
 
 FLAGS = {
     "seeds": cli.FlagSpec(
@@ -31,6 +35,7 @@ FLAGS = {
     "scale": cli.FlagSpec("full, or smoke: seconds of every part, never a result", Scale, "full"),
     "workdir": cli.FlagSpec("folder of the runs; runs/reproduce/SLUG without it", str | None),
     "family": cli.FlagSpec("run, or list, what there is of one family", Family | None),
+    "jobs": cli.FlagSpec("reproductions that run at once", int, 1),
     "list": cli.FlagSpec("list the reproductions there are, and their verdicts", bool, False),
 }
 
@@ -45,12 +50,40 @@ def main(argv: Sequence[str]) -> int:
     if args["list"]:
         _print_list(slugs)
         return 0
+    seeds = parse_seeds(args["seeds"])
+    if args["jobs"] < 1:
+        raise ConfigError(f"--jobs={args['jobs']} must be at least 1")
+    if args["jobs"] > 1 and len(slugs) > 1:
+        return reproduce_at_once(slugs, args["jobs"], args["scale"], args["seeds"])
     for slug in slugs:
         workdir = args["workdir"] or default_workdir(slug, args["scale"])
-        code = reproduce(slug, Path(workdir), args["scale"], parse_seeds(args["seeds"]))
+        code = reproduce(slug, Path(workdir), args["scale"], seeds)
         if code:
             return code
     return 0
+
+
+def reproduce_at_once(slugs: Sequence[str], jobs: int, scale: Scale, seeds: str | None) -> int:
+    """Runs reproductions in processes of their own, `jobs` at once; returns the exit code.
+
+    It is 0 where all ended with 0, else that of the first that failed, else that of one that was
+    stopped.
+    """
+    own = [f"--scale={scale}", *([] if seeds is None else [f"--seeds={seeds}"])]
+    commands = []
+    for slug in slugs:
+        words = [sys.executable, "-u", "-m", "tokjax.reproduce", slug, *own]
+        commands.append(Command(slug, words, Path(default_workdir(slug, scale)) / "log.txt"))
+    codes = run_commands(commands, jobs, lambda done: _said_last(done.log))
+    if PREEMPTED_EXIT_CODE in codes:
+        print("stopped; the same command continues")
+    return next((code for code in sorted(codes, key=PREEMPTED_EXIT_CODE.__eq__) if code), 0)
+
+
+def _said_last(log: Path) -> str:
+    """Returns the last verdict in the output of a reproduction."""
+    lines = log.read_text(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line in VERDICTS), "no verdict")
 
 
 def default_workdir(slug: str, scale: Scale) -> str:

@@ -1,7 +1,7 @@
 """A second stack of blocks on states of an encoder, trained beside it and not a part of it.
 
 Decoders of masked autoencoders and heads that unmask are such stacks. They have no embeddings and
-no positions of their own: whoever uses one adds what it needs.
+no table of positions: whoever uses one adds what it needs.
 """
 
 import dataclasses
