@@ -48,8 +48,8 @@ from tokjax.decoding.budget import (
     train_predictor,
 )
 from tokjax.reproduction import Bars, Comparison, Lines, Measurements, Treatment, Verdict
-from tokjax.reproduction.materials import jsonl, trained, word_tokenizer
-from tokjax.reproduction.tasks import ANSWER, LINE_END, THINK, Chains
+from tokjax.reproduction.materials import trained
+from tokjax.reproduction.tasks import ANSWER, LINE_END, THINK, Chains, run_on_chains
 
 CHAINS = Chains(steps=(6, 6), lines=(1, 2, 3, 4), modulus=5)
 MEAN = 6 * 6 * 2.5 + 1  # tokens of thinking, </think> included
@@ -156,7 +156,8 @@ class Materials:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], seed: int):
         self.folder, self.settings, self.seed = folder, settings, seed
-        self.lm = trained(folder / "lm", self._tree())
+        run = run_on_chains(CHAINS, "sums modulo 5", folder, settings, seed)
+        self.lm = trained(folder / "lm", run)
         rng = np.random.default_rng([seed, 2])
         self.questions = [CHAINS.question(rng) for _ in range(settings["questions"])]
         self.prompts = [self.lm.encode(CHAINS.prompt(q)) for q in self.questions]
@@ -168,39 +169,6 @@ class Materials:
         self.breaks = np.arange(size) == table[LINE_END]
         self.predictor = LengthPredictor(settings["d_model"], size, "linear")
         self.lengths = [remaining_lengths(row, **self.ids) for row in self.traces]
-
-    def _tree(self) -> dict[str, Any]:
-        rng = np.random.default_rng([self.seed, 1])
-
-        def records():
-            for _ in range(self.settings["corpus"]):
-                question = CHAINS.question(rng)
-                response = CHAINS.response(question, rng)
-                yield {"prompt": CHAINS.prompt(question), "response": response}
-
-        file = jsonl(self.folder / "chains.jsonl", records)
-        source = {"name": "jsonl", "files": (str(file),), "kind": "response"}
-        return {
-            "title": "sums modulo 5",
-            "seed": self.seed,
-            "model": {
-                "d_model": self.settings["d_model"],
-                "n_layers": self.settings["n_layers"],
-                "n_heads": 4,
-                "max_positions": 192,
-            },
-            "data": {
-                "tokenizer": word_tokenizer(self.folder / "words", CHAINS.words),
-                "train": [{"source": source}],
-                "evals": {},
-                "seq_len": 160,
-                "batch_size": 8,
-            },
-            "steps": self.settings["steps"],
-            "optimizer": {"name": "adamw", "peak_lr": 4e-3},
-            "schedule": {"name": "cosine", "warmup_steps": 30},
-            "checkpoints": {"every_steps": 200, "keep": 1},
-        }
 
     def _traces(self, rng: np.random.Generator, count: int) -> Rows:
         found = []

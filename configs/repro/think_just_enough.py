@@ -49,8 +49,8 @@ from tokjax.decoding.confidence import (
 from tokjax.language_model import LanguageModel
 from tokjax.loading import load
 from tokjax.reproduction import Bars, Comparison, Lines, Measurements, Treatment, Verdict
-from tokjax.reproduction.materials import jsonl, trained, word_tokenizer
-from tokjax.reproduction.tasks import Chains, Question, given_answer
+from tokjax.reproduction.materials import trained
+from tokjax.reproduction.tasks import Chains, Question, given_answer, run_on_chains
 from tokjax.signals.weighted_nll import weighted_nll
 
 CHAINS = Chains(
@@ -176,45 +176,13 @@ class Materials:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], seed: int):
         self.folder, self.settings, self.seed = folder, settings, seed
-        base = trained(folder / "lm", self._tree())
+        run = run_on_chains(CHAINS, "chains modulo 10", folder, settings, seed)
+        base = trained(folder / "lm", run)
         self.models = {"base": base, "sharp": self._sharpened(base)}
         rng = np.random.default_rng([seed, 2])
         self.questions = [CHAINS.question(rng) for _ in range(settings["questions"])]
         self.labelled = [CHAINS.question(rng) for _ in range(settings["calibration"])]
         self._attempts: dict[str, Attempts] = {}
-
-    def _tree(self) -> dict[str, Any]:
-        rng = np.random.default_rng([self.seed, 1])
-
-        def records():
-            for _ in range(self.settings["corpus"]):
-                question = CHAINS.question(rng)
-                response = CHAINS.response(question, rng)
-                yield {"prompt": CHAINS.prompt(question), "response": response}
-
-        file = jsonl(self.folder / "chains.jsonl", records)
-        source = {"name": "jsonl", "files": (str(file),), "kind": "response"}
-        return {
-            "title": "chains modulo 10",
-            "seed": self.seed,
-            "model": {
-                "d_model": self.settings["d_model"],
-                "n_layers": self.settings["n_layers"],
-                "n_heads": 4,
-                "max_positions": 192,
-            },
-            "data": {
-                "tokenizer": word_tokenizer(self.folder / "words", CHAINS.words),
-                "train": [{"source": source}],
-                "evals": {},
-                "seq_len": 160,
-                "batch_size": 8,
-            },
-            "steps": self.settings["steps"],
-            "optimizer": {"name": "adamw", "peak_lr": 4e-3},
-            "schedule": {"name": "cosine", "warmup_steps": 30},
-            "checkpoints": {"every_steps": 200, "keep": 1},
-        }
 
     def _sharpened(self, lm: LanguageModel) -> LanguageModel:
         """Returns the model trained further on its own right attempts at fresh questions."""

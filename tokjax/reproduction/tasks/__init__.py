@@ -7,6 +7,7 @@ from tokjax.reproduction.tasks.chains import (
     Chains,
     Question,
     given_answer,
+    run_on_chains,
 )
 
-__all__ = ["ANSWER", "LINE_END", "THINK", "Chains", "Question", "given_answer"]
+__all__ = ["ANSWER", "LINE_END", "THINK", "Chains", "Question", "given_answer", "run_on_chains"]

@@ -7,12 +7,15 @@ step, line and number of lines; operation and digit; the number before; `=`; the
     1:+4 2:*7 <think> 1:1/2 +4 0 = 4 ; 1:2/2 +4 0 = 4 ; 2:1/1 *7 4 = 8 ; </think> 8
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tokjax.errors import ConfigError
+from tokjax.reproduction.materials import jsonl, word_tokenizer
 
 THINK, ANSWER, LINE_END = "<think>", "</think>", ";"
 WORDS_A_LINE = 6
@@ -158,3 +161,48 @@ def apply(name: str, a: int, b: int, modulus: int = 10) -> int:
         rng = np.random.default_rng([_TABLES.index(name), modulus])
         return int(rng.integers(0, modulus, (modulus, modulus))[a, b])
     return {"+": a + b, "-": a - b, "*": a * b}[name] % modulus
+
+
+def run_on_chains(
+    chains: Chains, title: str, folder: Path, settings: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    """Returns the configuration of a run that learns to think in chains.
+
+    Args:
+        chains: what is learned from.
+        title: of the run.
+        folder: gets the examples and the tokenizer.
+        settings: `corpus` (examples), `d_model`, `n_layers` and `steps`.
+        seed: of the examples and the run.
+    """
+    rng = np.random.default_rng([seed, 1])
+
+    def records():
+        for _ in range(settings["corpus"]):
+            question = chains.question(rng)
+            response = chains.response(question, rng)
+            yield {"prompt": chains.prompt(question), "response": response}
+
+    file = jsonl(folder / "chains.jsonl", records)
+    source = {"name": "jsonl", "files": (str(file),), "kind": "response"}
+    return {
+        "title": title,
+        "seed": seed,
+        "model": {
+            "d_model": settings["d_model"],
+            "n_layers": settings["n_layers"],
+            "n_heads": 4,
+            "max_positions": 192,
+        },
+        "data": {
+            "tokenizer": word_tokenizer(folder / "words", chains.words),
+            "train": [{"source": source}],
+            "evals": {},
+            "seq_len": 160,
+            "batch_size": 8,
+        },
+        "steps": settings["steps"],
+        "optimizer": {"name": "adamw", "peak_lr": 4e-3},
+        "schedule": {"name": "cosine", "warmup_steps": 30},
+        "checkpoints": {"every_steps": 200, "keep": 1},
+    }
