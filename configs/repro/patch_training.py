@@ -3,8 +3,8 @@
     python -m tokjax.reproduce patch_training
 
 What came out is in docs/reproductions/patch_training.json and .png: with 2.5M tokens, patches
-help a token stage of the same batches (4.31 against 4.51 nats), and not with the targets shuffled;
-tokens of equal compute are still better (4.14).
+help a token stage of the same batches (4.31 against 4.48 nats), and not with the targets shuffled;
+tokens of equal compute are still better (4.13).
 
 The arms, for C steps of 2,048 tokens:
     tokens          C steps on tokens
