@@ -38,13 +38,10 @@ def get_config(
                 vocab_size=4097,
                 causal=False,
                 mlm_head="gelu" if masks else None,
-                # BERT's body, with rotary positions.
+                # BERT's layers, but rotary positions and norms before each part: they learn sooner.
                 positions="rotary",
                 norm="layer",
                 norm_bias=True,
-                norm_placement="post",
-                final_norm=False,
-                embedding_norm=True,
                 gated=False,
                 activation="gelu",
                 attention_bias=True,
@@ -60,7 +57,7 @@ def get_config(
             ),
             objective=objective,
             steps=steps,
-            optimizer=dict(name="adamw", peak_lr=1e-3, b2=0.98, weight_decay=0.01),
+            optimizer=dict(name="adamw", peak_lr=2e-3, b2=0.98, weight_decay=0.01),
             schedule=dict(name="cosine", warmup_steps=max(steps // 15, 1)),
             clip_norm=2.0,
             evaluation=dict(every_steps=200, max_batches=20),
