@@ -28,8 +28,8 @@ class StackConfig:
     n_heads: int | None = None  # heads of attention; None: as many as the model has
     # feed-forward width; None: the model's, or where the widths differ the usual multiple
     d_ff: int | None = None
-    # whether its attention knows of distances, by rotary positions; a stack with symbols or slots of
-    # its own (`own_stack`) always does
+    # whether its attention knows of distances, by rotary positions; a stack made by `own_stack`
+    # always does
     rotary: bool = False
 
     def __post_init__(self):
